@@ -1,0 +1,1 @@
+"""Encoders, structured-knowledge encoder, relational guidance and the pre-training model."""

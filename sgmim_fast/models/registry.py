@@ -1,0 +1,31 @@
+"""Models by name."""
+
+from dataclasses import replace
+from typing import Any
+
+from sgmim_fast.config import MODELS, Backend, ModelConfig
+from sgmim_fast.errors import UserError
+from sgmim_fast.models.sgmim import SGMIM
+
+
+def create_model(model: str | ModelConfig, backend: Backend = "auto", **overrides: Any) -> SGMIM:
+    """A freshly initialised pre-training model.
+
+    Args:
+        model: a name such as ``"sgmim_swin_base"`` (see ``sgmim_fast.config.MODELS``) or a configuration.
+        backend: which implementation runs; see ``SGMIM.set_backend``.
+        **overrides: fields of ``ModelConfig`` to change.
+
+    Raises:
+        UserError: for an unknown name or field, or a combination that cannot be built.
+    """
+    if isinstance(model, str):
+        if model not in MODELS:
+            raise UserError(f"model {model!r} is unknown; choose one of {', '.join(MODELS)}")
+        model = MODELS[model]
+    unknown = overrides.keys() - ModelConfig.__dataclass_fields__.keys()
+    if unknown:
+        raise UserError(
+            f"ModelConfig has no field {', '.join(sorted(unknown))}; it has {', '.join(ModelConfig.__dataclass_fields__)}"
+        )
+    return SGMIM(replace(model, **overrides), backend)

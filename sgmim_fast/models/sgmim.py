@@ -1,0 +1,203 @@
+"""The pre-training model: encoder, structured-knowledge encoder, relational guidance, heads and losses.
+
+SG-MIM (arXiv 2409.02513), and SimMIM (2111.09886) with ``guidance="none"``. ``docs/method.md`` has the formulas.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgmim_fast import ops, reference
+from sgmim_fast.config import Backend, ModelConfig
+from sgmim_fast.errors import UserError
+from sgmim_fast.masking import CELL, mask_indices
+from sgmim_fast.models.guidance import RelationalGuidance, token_index, token_mask
+from sgmim_fast.models.structure import StructureEncoder
+from sgmim_fast.models.swin import SwinEncoder
+from sgmim_fast.models.vit import ViTEncoder
+
+
+class PretrainOutput(NamedTuple):
+    """Scalar losses of one batch; ``structure_loss`` is None without guidance."""
+
+    loss: Tensor
+    image_loss: Tensor
+    structure_loss: Tensor | None
+
+
+@dataclass
+class Pictures:
+    """Full-size predictions for people to look at, float tensors in the units of the inputs."""
+
+    image: Tensor
+    """(B, 3, H, W): the image head everywhere; only masked cells enter the loss."""
+    structure: Tensor | None
+    """(B, c, H, W): the structure head everywhere; only visible cells enter the loss."""
+
+
+class SGMIM(nn.Module):
+    """Masked image modelling guided by a structure map.
+
+    Build it with ``create_model``. Parameters carry the names of the authors' code.
+    """
+
+    def __init__(self, config: ModelConfig, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = ViTEncoder(config) if config.encoder == "vit" else SwinEncoder(config)
+        width, pixels = config.num_features, config.stride**2
+        if config.guidance == "none":
+            self.decoder = nn.Sequential(nn.Conv2d(width, 3 * pixels, 1))
+        else:
+            self.depth_encoder = StructureEncoder(config)
+            self.fusion_blk_img = RelationalGuidance(config)
+            self.img_decoder = nn.Sequential(nn.Conv2d(width, 3 * pixels, 1))
+            self.dep_decoder = nn.Sequential(nn.Conv2d(width, config.structure_channels * pixels, 1))
+        self.set_backend(backend)
+
+    def set_backend(self, backend: Backend) -> None:
+        """Choose the implementation: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
+
+        Raises:
+            UserError: if it is unknown or cannot run.
+        """
+        ops.resolve_backend(backend, self.encoder.mask_token)
+        self.backend: Backend = backend
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend
+
+    @property
+    def image_head(self) -> nn.Conv2d:
+        return (self.decoder if self.config.guidance == "none" else self.img_decoder)[0]
+
+    def encode(self, image: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        """Encoder tokens (B, L, C).
+
+        Args:
+            image: (B, 3, H, W), ImageNet-normalised RGB.
+            mask: (B, Gh, Gw) bool, True where the image is masked; None shows everything.
+            visible: (B, V) int cell indices of the mask's visible cells, if the loader has made them.
+        """
+        self._check_image(image, mask)
+        backend = ops.resolve_backend(self.backend, image)
+        if mask is None or backend == "reference":
+            return self.encoder(self.encoder.embed(image, mask))
+        if visible is None:
+            visible = mask_indices(mask)[1]
+        return self.encoder(self.encoder.embed_visible(image, visible, backend))
+
+    def forward(
+        self,
+        image: Tensor,
+        structure: Tensor | None,
+        mask: Tensor,
+        masked: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> PretrainOutput:
+        """Losses of a batch.
+
+        Args:
+            image: (B, 3, H, W) float, ImageNet-normalised RGB.
+            structure: (B, c, H, W) float, standardised; None or ignored with ``guidance="none"``.
+            mask: (B, Gh, Gw) bool, True where the image cell is masked.
+            masked: (B, K) int cell indices of the masked cells, ascending; made from ``mask`` if None, which
+                waits for the device.
+            visible: (B, Gh * Gw - K), likewise.
+        """
+        self._check_image(image, mask)
+        self._check_structure(image, structure)
+        if ops.resolve_backend(self.backend, image) == "reference":
+            return self._plain(image, structure, mask)
+        if masked is None or visible is None:
+            masked, visible = mask_indices(mask)
+        return self._gathered(image, structure, mask, masked, visible)
+
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor, structure: Tensor | None, mask: Tensor) -> Pictures:
+        """Full-size predictions of both heads, by the plain path; arguments as in ``forward``."""
+        self._check_image(image, mask)
+        self._check_structure(image, structure)
+        z = self.encoder(self.encoder.embed(image, mask))
+        picture = self._pixels(z, self.image_head)
+        if self.config.guidance == "none" or structure is None:
+            return Pictures(picture, None)
+        return Pictures(picture, self._pixels(self._guided(z, structure, mask), self.dep_decoder[0]))
+
+    # -- plain path
+
+    def _plain(self, image: Tensor, structure: Tensor | None, mask: Tensor) -> PretrainOutput:
+        z = self.encoder(self.encoder.embed(image, mask))
+        image_loss = reference.pixel_l1(self._pixels(z, self.image_head), self._image_target(image), mask)
+        if self.config.guidance == "none" or structure is None:
+            return PretrainOutput(image_loss, image_loss, None)
+        prediction = self._pixels(self._guided(z, structure, mask), self.dep_decoder[0])
+        return self._total(image_loss, reference.pixel_l1(prediction, structure, ~mask))
+
+    def _guided(self, z: Tensor, structure: Tensor, mask: Tensor) -> Tensor:
+        given = token_mask(mask, CELL // self.config.stride)
+        return self.fusion_blk_img(z, self.depth_encoder(structure, mask), given)
+
+    def _pixels(self, tokens: Tensor, head: nn.Conv2d) -> Tensor:
+        stride = self.config.stride
+        rows, columns = self.config.hw[0] // stride, self.config.hw[1] // stride
+        return F.pixel_shuffle(head(tokens.transpose(1, 2).unflatten(2, (rows, columns))), stride)
+
+    # -- gathered path
+
+    def _gathered(
+        self, image: Tensor, structure: Tensor | None, mask: Tensor, masked: Tensor, visible: Tensor
+    ) -> PretrainOutput:
+        backend = ops.resolve_backend(self.backend, image)
+        side, columns = CELL // self.config.stride, self.config.grid[1]
+        z = self.encode(image, mask, visible)
+        masked_tokens, visible_tokens = (token_index(index, columns, side) for index in (masked, visible))
+        prediction = self._cell_pixels(ops.gather_rows(z, masked_tokens, backend=backend), self.image_head, side)
+        image_loss = ops.masked_l1(prediction, self._image_target(image), masked, backend=backend)
+        if self.config.guidance == "none" or structure is None:
+            return PretrainOutput(image_loss, image_loss, None)
+        u = self.fusion_blk_img.forward_gathered(
+            ops.gather_rows(z, visible_tokens, backend=backend),
+            self.depth_encoder.encode_cells(structure, masked, backend),
+            self.depth_encoder.null_token(),
+            visible_tokens.shape[1],
+            visible_tokens,
+            masked_tokens,
+            backend,
+        )
+        prediction = self._cell_pixels(u, self.dep_decoder[0], side)
+        return self._total(image_loss, ops.masked_l1(prediction, structure, visible, backend=backend))
+
+    @staticmethod
+    def _cell_pixels(tokens: Tensor, head: nn.Conv2d, side: int) -> Tensor:
+        """(B, K * t * t, C) -> (B, K, t, t, channels * s * s)."""
+        out = F.linear(tokens, head.weight.flatten(1), head.bias)
+        return out.reshape(tokens.shape[0], -1, side, side, out.shape[-1])
+
+    # -- both
+
+    def _total(self, image_loss: Tensor, structure_loss: Tensor) -> PretrainOutput:
+        loss = image_loss + self.config.structure_loss_weight * structure_loss
+        return PretrainOutput(loss, image_loss, structure_loss)
+
+    def _image_target(self, image: Tensor) -> Tensor:
+        window = self.config.normalize_target_window
+        return image if window is None else reference.local_normalize(image, window)
+
+    def _check_image(self, image: Tensor, mask: Tensor | None) -> None:
+        if image.dim() != 4 or image.shape[1] != 3 or tuple(image.shape[2:]) != self.config.hw:
+            raise UserError(f"image must be (B, 3, {self.config.hw[0]}, {self.config.hw[1]}); got {tuple(image.shape)}")
+        if mask is not None and (mask.shape != (image.shape[0], *self.config.grid) or mask.dtype != torch.bool):
+            want = (image.shape[0], *self.config.grid)
+            raise UserError(f"mask must be bool {want}, one entry a cell; got {mask.dtype} {tuple(mask.shape)}")
+
+    def _check_structure(self, image: Tensor, structure: Tensor | None) -> None:
+        if self.config.guidance == "none":
+            return
+        want = (image.shape[0], self.config.structure_channels, *self.config.hw)
+        if structure is None or tuple(structure.shape) != want:
+            got = None if structure is None else tuple(structure.shape)
+            raise UserError(f"structure must be {want} for guidance {self.config.guidance!r}; got {got}")

@@ -1,0 +1,173 @@
+"""Swin (arXiv 2103.14030) and Swin V2 (2111.09883) encoders for masked image modelling.
+
+Parameter names and shapes are those of the official code, so its checkpoints load as they are.
+Token maps are channels-last: (B, H, W, C).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgmim_fast import ops
+from sgmim_fast.config import ModelConfig
+from sgmim_fast.models.layers import DropPath, MaskedEmbed, Mlp, init_trunc_normal, merge_neighbours
+
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+class _WindowAttention(nn.Module):
+    """What both versions share: padding to whole windows, the attention itself, the output projection."""
+
+    backend = "auto"
+
+    def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, shift
+        self.proj = nn.Linear(width, width)
+
+    def project_qkv(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def bias_table(self) -> Tensor:
+        raise NotImplementedError
+
+    def scale(self) -> Tensor | None:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, channels = x.shape
+        # As in Swin's detection and segmentation code: zero tokens complete the last windows.
+        down, right = -height % self.window, -width % self.window
+        if down or right:
+            x = F.pad(x, (0, 0, 0, right, 0, down))
+        qkv = self.project_qkv(x).unflatten(-1, (3, self.heads, channels // self.heads))
+        table = self.bias_table().to(qkv.dtype)
+        out = ops.window_attention(qkv, table, self.window, self.shift, self.scale(), backend=self.backend)
+        return self.proj(out[:, :height, :width])
+
+
+class WindowAttention(_WindowAttention):
+    """Swin: scaled dot products plus a learned bias by relative position."""
+
+    def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
+        super().__init__(width, heads, window, shift)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        self.qkv = nn.Linear(width, 3 * width)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def project_qkv(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
+
+    def bias_table(self) -> Tensor:
+        return self.relative_position_bias_table
+
+
+class CosineWindowAttention(_WindowAttention):
+    """Swin V2: cosine similarity with a learned scale a head, bias from a small MLP on log-spaced offsets."""
+
+    def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
+        super().__init__(width, heads, window, shift)
+        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+
+    def project_qkv(self, x: Tensor) -> Tensor:
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        return F.linear(x, self.qkv.weight, bias)
+
+    def bias_table(self) -> Tensor:
+        """16 * sigmoid(mlp(offsets)): ((2 * window - 1) ** 2, heads)."""
+        weight = self.cpb_mlp[0].weight
+        # In float32 whatever the weights are: the official code rounds these constants so.
+        offset = torch.arange(1 - self.window, self.window, device=weight.device, dtype=torch.float32)
+        offset = offset / max(self.window - 1, 1) * 8
+        offset = torch.sign(offset) * torch.log2(offset.abs() + 1) / math.log2(8)
+        pairs = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), -1).flatten(0, 1)
+        return 16 * torch.sigmoid(self.cpb_mlp(pairs.to(weight.dtype)))
+
+    def scale(self) -> Tensor:
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().view(-1)
+
+
+class SwinBlock(nn.Module):
+    """Window attention and MLP, each with a residual; norms before them (Swin) or after them (Swin V2)."""
+
+    def __init__(self, config: ModelConfig, width: int, heads: int, window: int, shift: int, drop_path: float) -> None:
+        super().__init__()
+        self.post_norm = config.encoder == "swinv2"
+        attention = CosineWindowAttention if self.post_norm else WindowAttention
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.attn = attention(width, heads, window, shift)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = Mlp(width)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.post_norm:
+            x = x + self.drop_path(self.norm1(self.attn(x)))
+            return x + self.drop_path(self.norm2(self.mlp(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """(..., H, W, C) -> (..., H / 2, W / 2, 2 C); the norm comes before the reduction, in Swin V2 after it."""
+
+    def __init__(self, width: int, norm_eps: float = 1e-5, post_norm: bool = False) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.norm = nn.LayerNorm(2 * width if post_norm else 4 * width, eps=norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = merge_neighbours(x)
+        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
+
+
+class SwinStage(nn.Module):
+    """Blocks of one resolution, every second one shifted, and the merging to the next."""
+
+    def __init__(self, config: ModelConfig, stage: int, drop_paths: list[float]) -> None:
+        super().__init__()
+        width, heads = config.embed_dim * 2**stage, config.num_heads[stage]
+        side = min(config.hw) // (config.patch_size * 2**stage)  # tokens of the map's shorter side
+        window = min(config.window_size, side)
+        shift = window // 2 if side > config.window_size else 0
+        self.blocks = nn.ModuleList(
+            SwinBlock(config, width, heads, window, shift if number % 2 else 0, rate)
+            for number, rate in enumerate(drop_paths)
+        )
+        last = stage == len(config.depths) - 1
+        self.downsample = None if last else PatchMerging(width, config.norm_eps, config.encoder == "swinv2")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class SwinEncoder(MaskedEmbed):
+    """Swin or Swin V2 (by ``config.encoder``): (B, H / 4, W / 4, E) embedded tokens -> (B, L, C)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.embed_dim, config.patch_size, config.norm_eps)
+        rates = iter(torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist())
+        self.layers = nn.ModuleList(
+            SwinStage(config, stage, [next(rates) for _ in range(depth)]) for stage, depth in enumerate(config.depths)
+        )
+        self.norm = nn.LayerNorm(config.num_features, eps=config.norm_eps)
+        self.apply(init_trunc_normal)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if config.encoder == "swinv2":  # residual branches start at zero
+            for block in (block for layer in self.layers for block in layer.blocks):
+                nn.init.zeros_(block.norm1.weight)
+                nn.init.zeros_(block.norm2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x).flatten(1, 2)
