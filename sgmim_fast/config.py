@@ -35,9 +35,11 @@ class ModelConfig:
     """
 
     encoder: Encoder = "swin"
+    """Swin, Swin V2 (cosine attention) or ViT (shared relative position bias)."""
     image_size: int | tuple[int, int] = 192
     """Side, or (height, width); multiples of 32."""
-    patch_size: int = None  # type: ignore[assignment]  # resolved below: 4 for Swin, 16 for ViT
+    patch_size: int = None  # type: ignore[assignment]
+    """Pixels a patch side; unless given, 4 for Swin and 16 for ViT."""
     embed_dim: int = 128
     """Channels of the first stage (Swin) or of every block (ViT)."""
     depths: tuple[int, ...] = (2, 2, 18, 2)
@@ -47,12 +49,17 @@ class ModelConfig:
     window_size: int = 6
     """Tokens a window side (Swin); reduced where it covers the whole map. ViT ignores it."""
     drop_path_rate: float = 0.0
+    """Stochastic depth of the last block; earlier ones less, linearly."""
     layer_scale_init: float | None = None
     """Initial layer scale of ViT blocks; None for none. Swin has none."""
-    norm_eps: float = None  # type: ignore[assignment]  # resolved below: 1e-5 for Swin, 1e-6 for ViT
+    norm_eps: float = None  # type: ignore[assignment]
+    """Epsilon of the encoder's LayerNorms; unless given, 1e-5 for Swin and 1e-6 for ViT."""
     guidance: Guidance = "relational"
+    """How image features ask structure features; "none" is SimMIM, "relational-visible" leaves hidden context out."""
     structure_channels: int = 1
+    """Channels of the structure map: 1 for depth, 3 for surface normals."""
     structure_loss_weight: float = 1.0
+    """Weight of the structure loss beside the image loss."""
     normalize_target_window: int | None = None
     """Side of the window whose mean and variance normalise the image target; None for plain pixels."""
 
@@ -83,6 +90,8 @@ class ModelConfig:
         )
 
     def _check_sizes(self) -> None:
+        stages = len(self.depths)
+        _require(self.encoder != "vit" or stages == 1, f"depths {self.depths} must have one entry for ViT")
         _require(
             len(self.hw) == 2 and all(side > 0 and side % CELL == 0 for side in self.hw),
             f"image_size {self.image_size} must be a multiple of {CELL} on each side",
@@ -99,10 +108,8 @@ class ModelConfig:
         _require(self.window_size >= 1, f"window_size {self.window_size} must be 1 or more")
 
     def _check_widths(self) -> None:
-        stages = len(self.depths)
-        _require(self.encoder != "vit" or stages == 1, f"depths {self.depths} must have one entry for ViT")
         _require(
-            stages == len(self.num_heads) and stages > 0,
+            len(self.depths) == len(self.num_heads) > 0,
             f"depths {self.depths} and num_heads {self.num_heads} must have one entry a stage",
         )
         _require(all(depth >= 1 for depth in self.depths), f"depths {self.depths} must be 1 or more each")
@@ -157,9 +164,11 @@ class DataConfig:
     path: str = ""
     """Folder with images/ and structure/ paired by file stem, or a list file of pairs."""
     mask_ratio: float = 0.6
+    """Share of the 32-pixel cells that are masked, rounded up."""
     crop_scale: tuple[float, float] = (0.67, 1.0)
     """Share of the image's area that a random crop keeps."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of a random crop."""
     flip: bool = True
     """Mirror half of the pairs left to right."""
     workers: int = 4
@@ -179,11 +188,15 @@ class OptimizerConfig:
     """AdamW, with learning rates as for a total batch of 512."""
 
     lr: float = 1e-4
+    """Peak learning rate for 512 images a step; the real one scales with the total batch."""
     weight_decay: float = 0.05
     """On matrices only; norms, biases, bias tables, tokens and logit scales have none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
     eps: float = 1e-8
+    """Added to AdamW's denominator."""
     clip_grad_norm: float = 5.0
+    """Gradients are scaled down to this global norm."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optimizer.lr {self.lr} must be positive")
@@ -197,14 +210,19 @@ class ScheduleConfig:
     """Linear warm-up, then a cosine or steps; evaluated at every optimizer step."""
 
     kind: Literal["cosine", "multistep"] = "cosine"
+    """Shape after the warm-up."""
     epochs: int = 100
+    """Length of the whole schedule."""
     warmup_epochs: float = 10.0
+    """Length of the linear warm-up."""
     warmup_lr: float = 1e-6
+    """Where the warm-up begins."""
     min_lr: float = 1e-5
     """Where the cosine ends."""
     milestones: tuple[float, ...] = ()
     """Epochs at which the rate is multiplied by gamma (multistep)."""
     gamma: float = 0.1
+    """Factor at each milestone."""
 
     def __post_init__(self) -> None:
         _one_of("schedule.kind", self.kind, ("cosine", "multistep"))
@@ -222,11 +240,15 @@ class TrainConfig:
     batch_size: int = 128
     """Pairs a rank and micro-step."""
     accumulation_steps: int = 1
+    """Micro-steps an optimizer step."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of weights and activations; optimizer state is fp32 either way."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage; bf16 needs 1 or more."""
     backend: Backend = "auto"
+    """Implementation of the method: the plain "reference", "torch", "triton", or "auto" by device."""
     seed: int = 0
+    """Decides initial weights, sample order, crops and masks."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the schedule still spans all epochs."""
     log_every: int = 20

@@ -1,6 +1,5 @@
 """Structured-knowledge encoder: patch embedding and patch mergings, no attention (SG-MIM, arXiv 2409.02513)."""
 
-import torch
 from torch import Tensor, nn
 
 from sgmim_fast import ops, reference
@@ -47,7 +46,6 @@ class StructureEncoder(nn.Module):
 
     def null_token(self) -> Tensor:
         """The token (C,) of every hidden cell: the mergings applied to zeros."""
-        weight = self.depth_patch_embed.proj.weight
-        side = 2**self.merges
-        zeros = torch.zeros(1, side, side, weight.shape[0], dtype=weight.dtype, device=weight.device)
+        weight, side = self.depth_patch_embed.proj.weight, 2**self.merges
+        zeros = weight.new_zeros(1, side, side, self.depth_patch_embed.proj.out_channels)
         return self._merge(zeros).flatten()

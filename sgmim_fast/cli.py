@@ -1,0 +1,158 @@
+"""``sgmim``: the project's command line. Each command imports what it needs when it runs, so help is instant."""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sgmim_fast.errors import UserError
+
+DEMO_SCENES = Path("scenes/demo")
+DEMO_RUN = Path("runs/demo")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the ``sgmim`` script."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    try:
+        if argv[:1] == ["pretrain"]:
+            raise SystemExit(_pretrain(argv[1:]))  # its options belong to the training module
+        arguments = parser.parse_args(argv)
+        arguments.run_command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sgmim",
+        description="Pre-train vision backbones for dense prediction by structure-guided masked image modelling.",
+        epilog="First time here? `sgmim demo` renders scenes, pre-trains on them and writes a page to look at.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run_command=run)
+        return sub
+
+    synth = command("synth", _synth, "Render procedural 3-D scenes: images, depth maps, class labels.")
+    synth.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    synth.add_argument("--count", type=int, default=1000, help="scenes")
+    synth.add_argument("--size", type=int, default=192, help="side in pixels")
+    synth.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
+    synth.add_argument("--workers", type=int, help="processes (default: one a core)")
+
+    command("pretrain", lambda _: None, "Pre-train on pairs of images and structure maps (--help for its options).")
+
+    report = command("report", _report, "Write one self-contained HTML page about a run.")
+    report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    report.add_argument("--output", type=Path, help="file to write (default: RUN/report.html)")
+    report.add_argument("--samples", type=int, default=6, help="pairs in the gallery")
+
+    export = command("export", _export, "Save the newest checkpoint's weights as safetensors in another layout.")
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    export.add_argument("--layout", choices=("sgmim", "simmim", "swin", "timm"), default="timm", help="key layout")
+    export.add_argument("--output", type=Path, help="file to write (default: RUN/backbone_LAYOUT.safetensors)")
+
+    demo = command("demo", _demo, "Render scenes, pre-train a small Swin on two ranks, report, export: some minutes.")
+    demo.add_argument("--count", type=int, default=1500, help="scenes to render")
+    return parser
+
+
+def _synth(arguments: argparse.Namespace) -> None:
+    from rich.progress import Progress
+
+    from sgmim_fast.data.synthetic import render_dataset
+
+    with Progress() as progress:
+        task = progress.add_task("rendering scenes", total=arguments.count)
+        render_dataset(
+            arguments.out,
+            count=arguments.count,
+            size=arguments.size,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            progress=lambda done, _total: progress.update(task, completed=done),
+        )
+    print(f"{arguments.count} scenes in {arguments.out}")
+
+
+def _pretrain(argv: Sequence[str]) -> int:
+    """Hand the options to the training module, under DeepSpeed's launcher. Returns its exit status."""
+    parser = argparse.ArgumentParser(prog="sgmim pretrain", add_help=False, allow_abbrev=False)
+    parser.add_argument("--num-gpus", "--num_gpus", type=int)
+    known, rest = parser.parse_known_args(list(argv))
+    if "--help" in rest or "-h" in rest:
+        print("--num-gpus N    ranks on this machine (default: all GPUs, or 1 CPU rank), then the training options:\n")
+        return subprocess.call([sys.executable, "-m", "sgmim_fast.pretrain", "--help"])
+    import torch
+
+    from sgmim_fast.train.arguments import parse_config
+
+    parse_config(rest)  # what is wrong is said here, once, before any rank starts
+    if known.num_gpus is not None and known.num_gpus < 1:
+        raise UserError(f"--num-gpus {known.num_gpus} must be 1 or more")
+    count = known.num_gpus or torch.cuda.device_count() or 1
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count)]
+    return subprocess.call([*command, "--module", "sgmim_fast.pretrain", *rest], env=environment)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from sgmim_fast.report import write_report
+
+    print(f"wrote {write_report(arguments.run, arguments.output, samples=arguments.samples)}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from sgmim_fast.models.registry import create_model
+    from sgmim_fast.train.arguments import load_config
+    from sgmim_fast.train.checkpoint import WEIGHTS, latest_checkpoint
+    from sgmim_fast.weights import load_weights, save_weights
+
+    config = load_config(arguments.run / "config.json")
+    checkpoint = latest_checkpoint(arguments.run)
+    if checkpoint is None:
+        raise UserError(f"{arguments.run} has no checkpoint yet; train it first")
+    model = create_model(config.model)
+    load_weights(model, checkpoint / WEIGHTS)
+    output = arguments.output or arguments.run / f"backbone_{arguments.layout}.safetensors"
+    print(f"wrote {save_weights(model, output, layout=arguments.layout)}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    if not (DEMO_SCENES / "metadata.jsonl").exists():
+        print(f"1/4 rendering {arguments.count} scenes into {DEMO_SCENES}", flush=True)
+        main(["synth", str(DEMO_SCENES), "--count", str(arguments.count), "--size", "160"])
+    print(f"2/4 pre-training a small Swin on two DeepSpeed ranks in {DEMO_RUN}", flush=True)
+    finished = (DEMO_RUN / "backbone_timm.safetensors").exists()
+    if finished:
+        print(f"    {DEMO_RUN} holds a finished run; delete the folder to train again")
+    else:
+        resume = ["--resume"] if (DEMO_RUN / "checkpoints" / "latest").exists() else []
+        status = _pretrain(["--num-gpus", "2", "--recipe", "demo", "--data", str(DEMO_SCENES), *resume])
+        if status:
+            raise SystemExit(status)
+    print("3/4 writing the page", flush=True)
+    main(["report", str(DEMO_RUN)])
+    print("4/4 exporting the backbone for timm", flush=True)
+    main(["export", str(DEMO_RUN), "--layout", "timm"])
+    page = (DEMO_RUN / "report.html").resolve().as_uri()
+    print(f"\ndone in {(time.perf_counter() - began) / 60:.1f} min. Open {page} in a browser.")
+
+
+if __name__ == "__main__":
+    main()

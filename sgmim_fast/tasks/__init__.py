@@ -1,0 +1,1 @@
+"""Model, loss and metrics of one task in one place each."""

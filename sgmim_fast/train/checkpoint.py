@@ -1,0 +1,144 @@
+"""Checkpoints of a run: ``checkpoints/step_000200/`` with DeepSpeed's shards, the weights and the position.
+
+A checkpoint is written under a temporary name and renamed when every rank has finished; only then is
+``latest`` replaced. Whatever interrupts a save, ``latest`` names a complete checkpoint.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import distributed
+
+from sgmim_fast.errors import UserError
+from sgmim_fast.models.sgmim import SGMIM
+from sgmim_fast.weights import save_state_dict
+
+LATEST = "latest"
+STATE = "state.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a checkpoint's run had come, and what a continuation must share with it."""
+
+    step: int
+    """Optimizer steps done."""
+    world_size: int
+    zero_stage: int
+    precision: str
+    samples_per_step: int
+    """Pairs of one optimizer step over all ranks."""
+    seed: int
+    manifest: str
+    """sha-256 of the list of pairs."""
+    model: dict[str, Any]
+    """Fields of ``ModelConfig``."""
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None if it has none.
+
+    Raises:
+        UserError: if ``latest`` names a folder that is not there.
+    """
+    pointer = run / "checkpoints" / LATEST
+    if not pointer.is_file():
+        return None
+    folder = pointer.parent / pointer.read_text().strip()
+    if not (folder / STATE).is_file():
+        raise UserError(f"{pointer} names {folder.name}, which is missing or damaged; write another checkpoint's name into it")
+    return folder
+
+
+def save_checkpoint(engine: deepspeed.DeepSpeedEngine, model: SGMIM, run: Path, position: Position) -> Path:
+    """Write a checkpoint; every rank calls it. Returns the folder.
+
+    Raises:
+        UserError: on rank 0, if the disk is full or not writable; earlier checkpoints stay intact.
+    """
+    root = run / "checkpoints"
+    name = f"step_{position.step:06d}"
+    temporary, final = root / f".incomplete-{name}", root / name
+    chief = distributed.get_rank() == 0
+    try:
+        if chief:
+            shutil.rmtree(temporary, ignore_errors=True)
+        distributed.barrier()
+        engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
+        weights = full_weights(model)
+        if chief:
+            save_state_dict(weights, temporary / WEIGHTS, model.config)
+            (temporary / STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
+            _flush(temporary)
+        distributed.barrier()
+        if chief:
+            shutil.rmtree(final, ignore_errors=True)  # left by a save that died before `latest` named it
+            os.rename(temporary, final)
+            pointer = root / (LATEST + ".new")
+            pointer.write_text(name + "\n")
+            os.replace(pointer, root / LATEST)
+            _flush(root)
+        distributed.barrier()
+    except (OSError, RuntimeError, UserError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = latest_checkpoint(run)
+        intact = "no earlier checkpoint exists" if kept is None else f"{kept} is intact; continue with --resume"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write checkpoint {final}: {reason}; free space there. {intact}") from error
+    return final
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, expected: Position) -> int:
+    """Restore the engine from ``folder`` and return how many optimizer steps it had done.
+
+    Raises:
+        UserError: if the checkpoint belongs to another model, data list or set-up than ``expected``.
+    """
+    found = read_position(folder)
+    for name in ("model", "world_size", "zero_stage", "precision", "samples_per_step", "seed", "manifest"):
+        was, now = getattr(found, name), getattr(expected, name)
+        if was != now:
+            if name == "model":
+                name = ", ".join(f"model.{k}" for k in was if was[k] != now.get(k))
+                was, now = ({k: v[k.removeprefix("model.")] for k in name.split(", ")} for v in (was, now))
+            raise UserError(
+                f"checkpoint {folder} was written with {name} = {was}, this run has {now}; "
+                "resume with the same settings, or start anew in another --output"
+            )
+    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if path is None:
+        raise UserError(f"DeepSpeed found nothing to load in {folder}; write an earlier checkpoint's name into latest")
+    return found.step
+
+
+def read_position(folder: Path) -> Position:
+    """The position that a checkpoint stores."""
+    return Position(**json.loads((folder / STATE).read_text()))
+
+
+def full_weights(model: SGMIM) -> dict[str, torch.Tensor]:
+    """The model's fp32 state on the host, whatever DeepSpeed has done to it; a collective under ZeRO."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        # Under ZeRO the exact weights are the optimizer's fp32 partitions, not the module's copy.
+        full = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") else None
+        weights[name] = (parameter.detach() if full is None else full).to("cpu", torch.float32, copy=True)
+    return weights
+
+
+def _flush(folder: Path) -> None:
+    """Make a folder's files and names durable."""
+    for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
