@@ -306,7 +306,7 @@ _ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 MODELS: dict[str, ModelConfig] = {
-    f"{prefix}_{name}": ModelConfig(**fields, guidance=guidance)
+    f"{prefix}_{name}": ModelConfig(**fields | {"guidance": guidance})
     for prefix, guidance in (("sgmim", "relational"), ("simmim", "none"))
     for name, fields in _ENCODERS.items()
 }
@@ -346,9 +346,7 @@ def vit_base_800ep() -> PretrainConfig:
 def demo() -> PretrainConfig:
     """A small Swin at 128 px that learns something visible in minutes on two CPU cores."""
     return PretrainConfig(
-        model=ModelConfig(
-            image_size=128, embed_dim=48, depths=(2, 2, 4, 2), num_heads=(3, 6, 12, 24), window_size=4
-        ),
+        model=ModelConfig(image_size=128, embed_dim=48, depths=(2, 2, 4, 2), num_heads=(3, 6, 12, 24), window_size=4),
         data=DataConfig(workers=1),
         optimizer=OptimizerConfig(lr=6e-3),
         schedule=ScheduleConfig(epochs=20, warmup_epochs=1.0, warmup_lr=1e-5, min_lr=1e-4),

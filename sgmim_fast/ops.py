@@ -72,7 +72,7 @@ def gather_cells(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
 def window_attention(
     qkv: Tensor, table: Tensor, window: int, shift: int, logit_scale: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """Attention in (shifted) windows: qkv (B, H, W, 3, T, D) -> (B, H, W, T * D); see ``reference.window_attention``."""
+    """Attention in (shifted) windows: qkv (B, H, W, 3, T, D) -> (B, H, W, T * D), as in ``reference``."""
     _check(qkv.dim() == 6 and qkv.shape[3] == 3, f"qkv must be (B, H, W, 3, heads, size); got {tuple(qkv.shape)}")
     height, width, heads = qkv.shape[1], qkv.shape[2], qkv.shape[4]
     _check(
@@ -110,9 +110,11 @@ def guidance_attention(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-attention (B, Nq, T, D) x (B, Nk, T, D) with one counted null token; see ``reference.guidance_attention``."""
+    """Cross-attention (B, Nq, T, D) x (B, Nk, T, D) with one counted null token, as in ``reference``."""
     _check(q.dim() == 4 and k.dim() == 4 and k.shape == v.shape, "q, k and v must be (B, N, heads, size), k as v")
-    _check(q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:], f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}")
+    _check(
+        q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:], f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}"
+    )
     _check(count >= 0, f"count {count} must be 0 or more")
     _check(
         count == 0 or (null_k is not None and null_v is not None and null_k.shape == null_v.shape == q.shape[2:]),

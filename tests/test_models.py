@@ -25,7 +25,9 @@ def tiny(encoder: str, **fields: Any) -> ModelConfig:
     return ModelConfig(encoder=encoder, **{"image_size": (64, 96), **ENCODERS[encoder], **fields})  # type: ignore[arg-type]
 
 
-def batch(config: ModelConfig, size: int, masked: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(
+    config: ModelConfig, size: int, masked: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random image, standardised map and mask with exactly ``masked`` cells a sample."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(size, 3, *config.hw, dtype=torch.float64, generator=generator)
@@ -248,6 +250,8 @@ def test_wrong_inputs_are_named() -> None:
     uneven[0] = False
     with pytest.raises(UserError, match="different numbers"):
         model(image, structure, uneven)
+    model.set_backend("reference")
+    assert model(image, structure, uneven).loss.isfinite()  # the plain path takes any mask
 
 
 def test_masks_depend_on_seed_epoch_and_sample_alone() -> None:

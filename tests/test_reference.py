@@ -88,9 +88,7 @@ def test_null_token_stands_for_equal_tokens() -> None:
     ids=["random", "ties", "constant", "outliers", "two-valued", "odd-count"],
 )
 def test_trimmed_statistics_without_sorting(rows: torch.Tensor) -> None:
-    for found, expected in zip(
-        reference.trimmed_stats_by_selection(rows), reference.trimmed_stats(rows), strict=True
-    ):
+    for found, expected in zip(reference.trimmed_stats_by_selection(rows), reference.trimmed_stats(rows), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -6,15 +6,13 @@ Source: SG-MIM (arXiv 2409.02513); ``relational-visible`` is a variant of its au
 import torch
 from torch import Tensor, nn
 
-from sgmim_fast import ops, reference
+from sgmim_fast import ops
 from sgmim_fast.config import GUIDANCE_HEADS, ModelConfig
-from sgmim_fast.models.layers import Mlp
+from sgmim_fast.models.layers import Dispatched, Mlp
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Dispatched):
     """Queries from (B, Nq, C), keys and values from (B, Nk, C); q, k, v without bias."""
-
-    backend = "auto"
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -27,9 +25,11 @@ class CrossAttention(nn.Module):
         """``null`` (C,) stands for ``count`` further context tokens that are all equal to it."""
         q, k, v = (_heads(part) for part in (self.q(x), self.k(context), self.v(context)))
         null_k = null_v = None
-        if null is not None:
+        if null is not None and count > 0:
             null_k, null_v = _heads(self.k(null)), _heads(self.v(null))
-        return self.proj(ops.guidance_attention(q, k, v, null_k, null_v, count, backend=self.backend))
+        return self.proj(
+            ops.guidance_attention(q, k, v, null_k, null_v, 0 if null is None else count, backend=self.backend)
+        )
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -57,42 +57,41 @@ class RelationalGuidance(nn.Module):
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
 
-    def forward(self, z: Tensor, s: Tensor, given: Tensor) -> Tensor:
-        """Plain path: z (B, L, C), s (B, L, C), ``given`` (B, L) bool marks the context shown -> u (B, L, C).
-
-        In ``relational-visible`` the samples must show equal numbers of tokens.
-        """
-        if self.visible_only:
-            z, s = z + self.absolute_pos_embed, s + self.absolute_pos_embed
-            s = s[given].reshape(s.shape[0], -1, s.shape[-1])
-        return self._finish(z, self.cross_attn(self.query_norm(z), self.context_norm(s)))
-
-    def forward_gathered(
-        self, z: Tensor, s: Tensor, null: Tensor, hidden: int, query_index: Tensor, context_index: Tensor, backend: str
+    def forward(
+        self,
+        z: Tensor,
+        s: Tensor,
+        query_index: Tensor | None = None,
+        context_index: Tensor | None = None,
+        null: Tensor | None = None,
+        hidden: int = 0,
+        backend: str = "auto",
     ) -> Tensor:
-        """Gathered path: queries and context are the tokens that ``query_index`` and ``context_index`` name.
+        """Guided features u of the queries.
 
         Args:
-            z: (B, Nq, C).
-            s: (B, Nk, C).
-            null: (C,), the token of each of the ``hidden`` tokens that are not in ``s``.
-            query_index: (B, Nq) token numbers of ``z``.
-            context_index: (B, Nk) token numbers of ``s``.
-            backend: implementation of the position table's gather.
+            z: (B, Nq, C) encoder tokens: those that ``query_index`` names, or all L.
+            s: (B, Nk, C) structure tokens: those that ``context_index`` names, or all L.
+            query_index: (B, Nq) int token numbers of ``z``; None for all.
+            context_index: (B, Nk) int token numbers of the tokens shown; ``relational-visible`` needs it.
+            null: (C,) the token of each of the ``hidden`` tokens that are not in ``s``; unused by
+                ``relational-visible``.
+            hidden: how many tokens ``null`` stands for.
+            backend: implementation of the gathers.
 
         Returns:
-            u (B, Nq, C).
+            (B, Nq, C).
         """
         if self.visible_only:
-            table = self.absolute_pos_embed.expand(z.shape[0], -1, -1)
-            z = z + ops.gather_rows(table, query_index, backend=backend)
+            assert context_index is not None
+            table = self.absolute_pos_embed.to(z.dtype).expand(z.shape[0], -1, -1)
+            z = z + (table if query_index is None else ops.gather_rows(table, query_index, backend=backend))
+            if s.shape[1] != context_index.shape[1]:
+                s = ops.gather_rows(s, context_index, backend=backend)
             s = s + ops.gather_rows(table, context_index, backend=backend)
-            return self._finish(z, self.cross_attn(self.query_norm(z), self.context_norm(s)))
-        attended = self.cross_attn(self.query_norm(z), self.context_norm(s), self.context_norm(null), hidden)
-        return self._finish(z, attended)
-
-    def _finish(self, z: Tensor, attended: Tensor) -> Tensor:
-        u = z + attended
+            null = None
+        null = None if null is None else self.context_norm(null)
+        u = z + self.cross_attn(self.query_norm(z), self.context_norm(s), null, hidden)
         return u + self.mlp(self.out_norm(u))
 
 
@@ -107,8 +106,3 @@ def token_index(cells: Tensor, columns: int, side: int) -> Tensor:
     row = (cells // columns * side).unsqueeze(-1) + offset  # (B, K, side)
     column = (cells % columns * side).unsqueeze(-1) + offset
     return (row.unsqueeze(-1) * (columns * side) + column.unsqueeze(-2)).flatten(1)
-
-
-def token_mask(mask: Tensor, side: int) -> Tensor:
-    """Cell mask (B, Gh, Gw) -> token mask (B, L), row-major."""
-    return reference.upsample_mask(mask, side).flatten(1)

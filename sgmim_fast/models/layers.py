@@ -1,4 +1,7 @@
-"""Building blocks that the encoders, the structure encoder and the guidance block share."""
+"""Building blocks that the encoders, the structure encoder and the guidance block share.
+
+Every parameter is used inside the forward of the module that owns it: under ZeRO-3 that is when it is there.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,12 @@ from torch import Tensor, nn
 
 from sgmim_fast import ops, reference
 from sgmim_fast.masking import CELL
+
+
+class Dispatched(nn.Module):
+    """A module that runs an operation of ``ops``, with the backend that the model has chosen."""
+
+    backend: str = "auto"
 
 
 class Mlp(nn.Module):
@@ -44,7 +53,27 @@ class PatchEmbed(nn.Module):
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x.to(self.proj.weight.dtype)).permute(0, 2, 3, 1))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class QkvLinear(nn.Linear):
+    """Projection to queries, keys and values whose bias comes from outside; keys have none (BEiT, Swin V2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width, bias=False)
+
+    def forward(self, x: Tensor, q_bias: Tensor, v_bias: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, self.weight, torch.cat((q_bias, torch.zeros_like(v_bias), v_bias)))
+
+
+class PixelHead(nn.Conv2d):
+    """1x1 convolution from token features to pixels, for maps (B, C, H, W) and for lists (B, N, C) of tokens alike."""
+
+    def __init__(self, width: int, pixels: int) -> None:
+        super().__init__(width, pixels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 4 else F.linear(x, self.weight.flatten(1), self.bias)
 
 
 def merge_neighbours(x: Tensor) -> Tensor:
@@ -55,8 +84,8 @@ def merge_neighbours(x: Tensor) -> Tensor:
     return x.movedim(-4, -2).flatten(-3)
 
 
-class MaskedEmbed(nn.Module):
-    """What every encoder begins with: patch embedding, and one learned token in place of masked cells."""
+class MaskedEncoder(nn.Module):
+    """An encoder that begins with patch embedding and one learned token in place of masked cells."""
 
     def __init__(self, width: int, patch: int, norm_eps: float | None) -> None:
         super().__init__()
@@ -64,7 +93,27 @@ class MaskedEmbed(nn.Module):
         self.patch_embed = PatchEmbed(3, width, patch, norm_eps)
         self.cell_side = CELL // patch  # tokens
 
-    def embed(self, image: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, image: Tensor, mask: Tensor | None = None, visible: Tensor | None = None, backend: str = "auto"
+    ) -> Tensor:
+        """Tokens (B, L, C) of (B, 3, H, W).
+
+        Args:
+            image: ImageNet-normalised RGB; cast to the dtype of the weights.
+            mask: (B, Gh, Gw) bool, True where masked; None shows everything.
+            visible: (B, V) int indices of the visible cells: embed those alone. Stands for ``mask``.
+            backend: implementation of the gathers.
+        """
+        image = image.to(self.mask_token.dtype)
+        return self.encode(
+            self._embed(image, mask) if visible is None else self._embed_visible(image, visible, backend)
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Embedded tokens (B, H / p, W / p, E) -> (B, L, C)."""
+        raise NotImplementedError
+
+    def _embed(self, image: Tensor, mask: Tensor | None) -> Tensor:
         """Plain path: embed every patch, then overwrite masked ones. (B, 3, H, W) -> (B, H / p, W / p, C)."""
         x = self.patch_embed(image)
         if mask is None:
@@ -72,8 +121,8 @@ class MaskedEmbed(nn.Module):
         weight = reference.upsample_mask(mask, self.cell_side).unsqueeze(-1).to(x.dtype)
         return x * (1 - weight) + self.mask_token.view(-1) * weight
 
-    def embed_visible(self, image: Tensor, visible: Tensor, backend: str) -> Tensor:
-        """Gathered path: embed the visible cells alone; the rest is the mask token. Same result as ``embed``."""
+    def _embed_visible(self, image: Tensor, visible: Tensor, backend: str) -> Tensor:
+        """Gathered path: embed the visible cells alone; the rest is the mask token. Same result as ``_embed``."""
         batch, count = visible.shape
         rows, columns = image.shape[2] // CELL, image.shape[3] // CELL
         cells = ops.gather_cells(image, visible, backend=backend).flatten(0, 1)
@@ -85,7 +134,7 @@ class MaskedEmbed(nn.Module):
 
 
 def init_trunc_normal(module: nn.Module, cut: float = 2.0) -> None:
-    """SimMIM's start for one module: Linear weights truncated normal (std 0.02, cut at +-``cut``), biases 0, norms 1/0."""
+    """SimMIM's start for one module: Linear weights normal (std 0.02, cut at +-``cut``), biases 0, norms 1/0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-cut, b=cut)
         if module.bias is not None:

@@ -1,6 +1,6 @@
 """Models by name."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from sgmim_fast.config import MODELS, Backend, ModelConfig
@@ -23,9 +23,8 @@ def create_model(model: str | ModelConfig, backend: Backend = "auto", **override
         if model not in MODELS:
             raise UserError(f"model {model!r} is unknown; choose one of {', '.join(MODELS)}")
         model = MODELS[model]
-    unknown = overrides.keys() - ModelConfig.__dataclass_fields__.keys()
+    known = [field.name for field in fields(ModelConfig)]
+    unknown = sorted(overrides.keys() - set(known))
     if unknown:
-        raise UserError(
-            f"ModelConfig has no field {', '.join(sorted(unknown))}; it has {', '.join(ModelConfig.__dataclass_fields__)}"
-        )
+        raise UserError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(known)}")
     return SGMIM(replace(model, **overrides), backend)

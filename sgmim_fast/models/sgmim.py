@@ -14,7 +14,8 @@ from sgmim_fast import ops, reference
 from sgmim_fast.config import Backend, ModelConfig
 from sgmim_fast.errors import UserError
 from sgmim_fast.masking import CELL, mask_indices
-from sgmim_fast.models.guidance import RelationalGuidance, token_index, token_mask
+from sgmim_fast.models.guidance import RelationalGuidance, token_index
+from sgmim_fast.models.layers import Dispatched, PixelHead
 from sgmim_fast.models.structure import StructureEncoder
 from sgmim_fast.models.swin import SwinEncoder
 from sgmim_fast.models.vit import ViTEncoder
@@ -50,12 +51,12 @@ class SGMIM(nn.Module):
         self.encoder = ViTEncoder(config) if config.encoder == "vit" else SwinEncoder(config)
         width, pixels = config.num_features, config.stride**2
         if config.guidance == "none":
-            self.decoder = nn.Sequential(nn.Conv2d(width, 3 * pixels, 1))
+            self.decoder = nn.Sequential(PixelHead(width, 3 * pixels))
         else:
             self.depth_encoder = StructureEncoder(config)
             self.fusion_blk_img = RelationalGuidance(config)
-            self.img_decoder = nn.Sequential(nn.Conv2d(width, 3 * pixels, 1))
-            self.dep_decoder = nn.Sequential(nn.Conv2d(width, config.structure_channels * pixels, 1))
+            self.img_decoder = nn.Sequential(PixelHead(width, 3 * pixels))
+            self.dep_decoder = nn.Sequential(PixelHead(width, config.structure_channels * pixels))
         self.set_backend(backend)
 
     def set_backend(self, backend: Backend) -> None:
@@ -67,12 +68,12 @@ class SGMIM(nn.Module):
         ops.resolve_backend(backend, self.encoder.mask_token)
         self.backend: Backend = backend
         for module in self.modules():
-            if hasattr(module, "backend"):
+            if isinstance(module, Dispatched):
                 module.backend = backend
 
     @property
-    def image_head(self) -> nn.Conv2d:
-        return (self.decoder if self.config.guidance == "none" else self.img_decoder)[0]
+    def image_head(self) -> nn.Sequential:
+        return self.decoder if self.config.guidance == "none" else self.img_decoder
 
     def encode(self, image: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Encoder tokens (B, L, C).
@@ -85,10 +86,8 @@ class SGMIM(nn.Module):
         self._check_image(image, mask)
         backend = ops.resolve_backend(self.backend, image)
         if mask is None or backend == "reference":
-            return self.encoder(self.encoder.embed(image, mask))
-        if visible is None:
-            visible = mask_indices(mask)[1]
-        return self.encoder(self.encoder.embed_visible(image, visible, backend))
+            return self.encoder(image, mask)
+        return self.encoder(image, mask, mask_indices(mask)[1] if visible is None else visible, backend)
 
     def forward(
         self,
@@ -121,27 +120,30 @@ class SGMIM(nn.Module):
         """Full-size predictions of both heads, by the plain path; arguments as in ``forward``."""
         self._check_image(image, mask)
         self._check_structure(image, structure)
-        z = self.encoder(self.encoder.embed(image, mask))
+        z = self.encoder(image, mask)
         picture = self._pixels(z, self.image_head)
         if self.config.guidance == "none" or structure is None:
             return Pictures(picture, None)
-        return Pictures(picture, self._pixels(self._guided(z, structure, mask), self.dep_decoder[0]))
+        return Pictures(picture, self._pixels(self._guided(z, structure, mask), self.dep_decoder))
 
     # -- plain path
 
     def _plain(self, image: Tensor, structure: Tensor | None, mask: Tensor) -> PretrainOutput:
-        z = self.encoder(self.encoder.embed(image, mask))
+        z = self.encoder(image, mask)
         image_loss = reference.pixel_l1(self._pixels(z, self.image_head), self._image_target(image), mask)
         if self.config.guidance == "none" or structure is None:
             return PretrainOutput(image_loss, image_loss, None)
-        prediction = self._pixels(self._guided(z, structure, mask), self.dep_decoder[0])
+        prediction = self._pixels(self._guided(z, structure, mask), self.dep_decoder)
         return self._total(image_loss, reference.pixel_l1(prediction, structure, ~mask))
 
     def _guided(self, z: Tensor, structure: Tensor, mask: Tensor) -> Tensor:
-        given = token_mask(mask, CELL // self.config.stride)
-        return self.fusion_blk_img(z, self.depth_encoder(structure, mask), given)
+        s, _ = self.depth_encoder(structure.to(z.dtype), mask)
+        shown = None
+        if self.config.guidance == "relational-visible":
+            shown = self._token_index(mask_indices(mask)[0])
+        return self.fusion_blk_img(z, s, context_index=shown, backend="reference")
 
-    def _pixels(self, tokens: Tensor, head: nn.Conv2d) -> Tensor:
+    def _pixels(self, tokens: Tensor, head: nn.Sequential) -> Tensor:
         stride = self.config.stride
         rows, columns = self.config.hw[0] // stride, self.config.hw[1] // stride
         return F.pixel_shuffle(head(tokens.transpose(1, 2).unflatten(2, (rows, columns))), stride)
@@ -152,32 +154,28 @@ class SGMIM(nn.Module):
         self, image: Tensor, structure: Tensor | None, mask: Tensor, masked: Tensor, visible: Tensor
     ) -> PretrainOutput:
         backend = ops.resolve_backend(self.backend, image)
-        side, columns = CELL // self.config.stride, self.config.grid[1]
-        z = self.encode(image, mask, visible)
-        masked_tokens, visible_tokens = (token_index(index, columns, side) for index in (masked, visible))
-        prediction = self._cell_pixels(ops.gather_rows(z, masked_tokens, backend=backend), self.image_head, side)
+        z = self.encoder(image, mask, visible, backend)
+        masked_tokens, visible_tokens = self._token_index(masked), self._token_index(visible)
+        prediction = self._cell_pixels(ops.gather_rows(z, masked_tokens, backend=backend), self.image_head)
         image_loss = ops.masked_l1(prediction, self._image_target(image), masked, backend=backend)
         if self.config.guidance == "none" or structure is None:
             return PretrainOutput(image_loss, image_loss, None)
-        u = self.fusion_blk_img.forward_gathered(
-            ops.gather_rows(z, visible_tokens, backend=backend),
-            self.depth_encoder.encode_cells(structure, masked, backend),
-            self.depth_encoder.null_token(),
-            visible_tokens.shape[1],
-            visible_tokens,
-            masked_tokens,
-            backend,
-        )
-        prediction = self._cell_pixels(u, self.dep_decoder[0], side)
+        s, null = self.depth_encoder(structure.to(z.dtype), mask, masked, backend)
+        asked = ops.gather_rows(z, visible_tokens, backend=backend)
+        u = self.fusion_blk_img(asked, s, visible_tokens, masked_tokens, null, visible_tokens.shape[1], backend)
+        prediction = self._cell_pixels(u, self.dep_decoder)
         return self._total(image_loss, ops.masked_l1(prediction, structure, visible, backend=backend))
 
-    @staticmethod
-    def _cell_pixels(tokens: Tensor, head: nn.Conv2d, side: int) -> Tensor:
+    def _cell_pixels(self, tokens: Tensor, head: nn.Sequential) -> Tensor:
         """(B, K * t * t, C) -> (B, K, t, t, channels * s * s)."""
-        out = F.linear(tokens, head.weight.flatten(1), head.bias)
+        side = CELL // self.config.stride
+        out = head(tokens)
         return out.reshape(tokens.shape[0], -1, side, side, out.shape[-1])
 
     # -- both
+
+    def _token_index(self, cells: Tensor) -> Tensor:
+        return token_index(cells, self.config.grid[1], CELL // self.config.stride)
 
     def _total(self, image_loss: Tensor, structure_loss: Tensor) -> PretrainOutput:
         loss = image_loss + self.config.structure_loss_weight * structure_loss

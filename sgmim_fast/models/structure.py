@@ -14,38 +14,42 @@ PATCH = 4
 class StructureEncoder(nn.Module):
     """Structure map (B, c, H, W) -> tokens of the encoder's stride and width, zero before merging where hidden.
 
-    Cells are a multiple of every merging's reach, so each can be encoded alone: ``encode_cells`` gives for
-    given cells the very tokens that ``forward`` has at their places, and ``null_token`` the one of hidden cells.
+    A mask cell is a multiple of every merging's reach, so cells can be encoded one by one, and all hidden
+    cells end as one and the same token.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         merges = config.structure_merges
-        width = config.num_features // 2**merges
         self.merges = merges
+        self.width = config.num_features // 2**merges
         for number in range(merges):
-            self.add_module(f"patch_merging_{number + 1}", PatchMerging(width * 2**number))
-        self.depth_patch_embed = PatchEmbed(config.structure_channels, width, PATCH)
+            self.add_module(f"patch_merging_{number + 1}", PatchMerging(self.width * 2**number))
+        self.depth_patch_embed = PatchEmbed(config.structure_channels, self.width, PATCH)
+
+    def forward(
+        self, structure: Tensor, given: Tensor, index: Tensor | None = None, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and in the gathered path the token of hidden cells.
+
+        Args:
+            structure: (B, c, H, W) in the dtype of the weights.
+            given: (B, Gh, Gw) bool, True where the map is shown.
+            index: (B, K) int indices of the cells shown. With it (gathered path) only those are encoded:
+                (B, K * t * t, C), cell after cell, and the hidden cells' token (C,). Without it (plain path)
+                all: (B, L, C), and None.
+            backend: implementation of the gather.
+        """
+        if index is None:
+            x = self.depth_patch_embed(structure)
+            x = x * reference.upsample_mask(given, CELL // PATCH).unsqueeze(-1).to(x.dtype)
+            return self._merge(x).flatten(1, 2), None
+        cells = ops.gather_cells(structure, index, backend=backend).flatten(0, 1)
+        x = self._merge(self.depth_patch_embed(cells))
+        null = self._merge(x.new_zeros(1, 2**self.merges, 2**self.merges, self.width))
+        return x.reshape(index.shape[0], -1, x.shape[-1]), null.flatten()
 
     def _merge(self, x: Tensor) -> Tensor:
         for number in range(self.merges):
             x = getattr(self, f"patch_merging_{number + 1}")(x)
         return x
-
-    def forward(self, structure: Tensor, given: Tensor) -> Tensor:
-        """Plain path. ``given`` (B, Gh, Gw) bool marks the cells whose map is shown. Returns (B, L, C)."""
-        x = self.depth_patch_embed(structure)
-        x = x * reference.upsample_mask(given, CELL // PATCH).unsqueeze(-1).to(x.dtype)
-        return self._merge(x).flatten(1, 2)
-
-    def encode_cells(self, structure: Tensor, index: Tensor, backend: str) -> Tensor:
-        """Gathered path: tokens of the cells ``index`` (B, K) alone -> (B, K * t * t, C), cell after cell."""
-        cells = ops.gather_cells(structure, index, backend=backend).flatten(0, 1)
-        x = self._merge(self.depth_patch_embed(cells))
-        return x.reshape(index.shape[0], -1, x.shape[-1])
-
-    def null_token(self) -> Tensor:
-        """The token (C,) of every hidden cell: the mergings applied to zeros."""
-        weight, side = self.depth_patch_embed.proj.weight, 2**self.merges
-        zeros = weight.new_zeros(1, side, side, self.depth_patch_embed.proj.out_channels)
-        return self._merge(zeros).flatten()

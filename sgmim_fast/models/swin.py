@@ -12,15 +12,21 @@ from torch import Tensor, nn
 
 from sgmim_fast import ops
 from sgmim_fast.config import ModelConfig
-from sgmim_fast.models.layers import DropPath, MaskedEmbed, Mlp, init_trunc_normal, merge_neighbours
+from sgmim_fast.models.layers import (
+    Dispatched,
+    DropPath,
+    MaskedEncoder,
+    Mlp,
+    QkvLinear,
+    init_trunc_normal,
+    merge_neighbours,
+)
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
 
-class _WindowAttention(nn.Module):
+class _WindowAttention(Dispatched):
     """What both versions share: padding to whole windows, the attention itself, the output projection."""
-
-    backend = "auto"
 
     def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
         super().__init__()
@@ -71,23 +77,21 @@ class CosineWindowAttention(_WindowAttention):
         super().__init__(width, heads, window, shift)
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = QkvLinear(width)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
 
     def project_qkv(self, x: Tensor) -> Tensor:
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        return F.linear(x, self.qkv.weight, bias)
+        return self.qkv(x, self.q_bias, self.v_bias)
 
     def bias_table(self) -> Tensor:
         """16 * sigmoid(mlp(offsets)): ((2 * window - 1) ** 2, heads)."""
-        weight = self.cpb_mlp[0].weight
         # In float32 whatever the weights are: the official code rounds these constants so.
-        offset = torch.arange(1 - self.window, self.window, device=weight.device, dtype=torch.float32)
+        offset = torch.arange(1 - self.window, self.window, device=self.q_bias.device, dtype=torch.float32)
         offset = offset / max(self.window - 1, 1) * 8
         offset = torch.sign(offset) * torch.log2(offset.abs() + 1) / math.log2(8)
         pairs = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), -1).flatten(0, 1)
-        return 16 * torch.sigmoid(self.cpb_mlp(pairs.to(weight.dtype)))
+        return 16 * torch.sigmoid(self.cpb_mlp(pairs.to(self.q_bias.dtype)))
 
     def scale(self) -> Tensor:
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().view(-1)
@@ -150,8 +154,15 @@ class SwinStage(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
 
-class SwinEncoder(MaskedEmbed):
-    """Swin or Swin V2 (by ``config.encoder``): (B, H / 4, W / 4, E) embedded tokens -> (B, L, C)."""
+def _silence_post_norms(module: nn.Module) -> None:
+    """Swin V2's residual branches start at zero."""
+    if isinstance(module, SwinBlock) and module.post_norm:
+        nn.init.zeros_(module.norm1.weight)
+        nn.init.zeros_(module.norm2.weight)
+
+
+class SwinEncoder(MaskedEncoder):
+    """Swin or Swin V2, by ``config.encoder``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.embed_dim, config.patch_size, config.norm_eps)
@@ -162,12 +173,9 @@ class SwinEncoder(MaskedEmbed):
         self.norm = nn.LayerNorm(config.num_features, eps=config.norm_eps)
         self.apply(init_trunc_normal)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        if config.encoder == "swinv2":  # residual branches start at zero
-            for block in (block for layer in self.layers for block in layer.blocks):
-                nn.init.zeros_(block.norm1.weight)
-                nn.init.zeros_(block.norm2.weight)
+        self.apply(_silence_post_norms)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
         return self.norm(x).flatten(1, 2)

@@ -6,31 +6,27 @@ Parameter names and shapes are those of SimMIM's code (arXiv 2111.09886), which 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgmim_fast import ops
 from sgmim_fast.config import ModelConfig
 from sgmim_fast.masking import CELL
-from sgmim_fast.models.layers import DropPath, MaskedEmbed, Mlp, init_trunc_normal
+from sgmim_fast.models.layers import Dispatched, DropPath, MaskedEncoder, Mlp, QkvLinear, init_trunc_normal
 
 
-class Attention(nn.Module):
+class Attention(Dispatched):
     """Global attention over the class token and a token map; the bias table comes from outside."""
-
-    backend = "auto"
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = QkvLinear(width)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, x.shape[-1] // self.heads))
+        qkv = self.qkv(x, self.q_bias, self.v_bias).unflatten(-1, (3, self.heads, x.shape[-1] // self.heads))
         return self.proj(ops.class_token_attention(qkv, table.to(qkv.dtype), grid, backend=self.backend))
 
 
@@ -56,16 +52,19 @@ class Block(nn.Module):
 
 
 class SharedRelativePositionBias(nn.Module):
-    """The one table, ((2 H - 1) (2 W - 1) + 3, heads), that all blocks add to their logits."""
+    """Hands out the one table, ((2 H - 1) (2 W - 1) + 3, heads), that all blocks add to their logits."""
 
     def __init__(self, grid: tuple[int, int], heads: int) -> None:
         super().__init__()
         rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
 
+    def forward(self) -> Tensor:
+        return self.relative_position_bias_table
 
-class ViTEncoder(MaskedEmbed):
-    """Embedded tokens (B, H / p, W / p, C) -> (B, L, C); the class token is dropped at the end."""
+
+class ViTEncoder(MaskedEncoder):
+    """ViT whose class token is dropped at the end."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.embed_dim, config.patch_size, norm_eps=None)
@@ -74,11 +73,12 @@ class ViTEncoder(MaskedEmbed):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.rel_pos_bias = SharedRelativePositionBias(self.map, config.num_heads[0])
         rates = torch.linspace(0, config.drop_path_rate, config.depths[0], device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        blocks = [Block(config, rate) for rate in rates]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self._initialize()
+        self._initialize(blocks)
 
-    def _initialize(self) -> None:
+    def _initialize(self, blocks: list[Block]) -> None:
         """SimMIM's ViT cuts the normal at one standard deviation, and starts the bias table at zero."""
         self.apply(lambda module: init_trunc_normal(module, cut=0.02))
         for parameter in (self.patch_embed.proj.weight, self.cls_token, self.mask_token):
@@ -86,15 +86,16 @@ class ViTEncoder(MaskedEmbed):
         assert self.patch_embed.proj.bias is not None
         nn.init.zeros_(self.patch_embed.proj.bias)
         with torch.no_grad():
-            for number, block in enumerate(self.blocks, start=1):
+            for number, block in enumerate(blocks, start=1):
                 block.attn.proj.weight.div_(math.sqrt(2.0 * number))
                 block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         grid = (x.shape[1], x.shape[2])
         if grid != self.map:
             raise ValueError(f"this encoder's position table is for {self.map} tokens; the image gives {grid}")
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
+        table = self.rel_pos_bias()
         for block in self.blocks:
-            x = block(x, self.rel_pos_bias.relative_position_bias_table, grid)
+            x = block(x, table, grid)
         return self.norm(x)[:, 1:]

@@ -18,7 +18,7 @@ class PretrainTask(nn.Module):
         self.model = create_model(config, backend)
 
     def forward(self, batch: Mapping[str, Tensor]) -> PretrainOutput:
-        """Losses of a batch as the loaders make it (``image``, ``structure`` raw, ``mask``, ``masked``, ``visible``)."""
+        """Losses of a loader's batch: ``image``, raw ``structure``, ``mask``, ``masked``, ``visible``."""
         structure = batch.get("structure")
         if structure is not None:
             structure = ops.standardize_structure(structure, backend=self.model.backend)

@@ -18,7 +18,7 @@ from torch import distributed
 
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.sgmim import SGMIM
-from sgmim_fast.weights import save_state_dict
+from sgmim_fast.weights import save_weights
 
 LATEST = "latest"
 STATE = "state.json"
@@ -54,7 +54,9 @@ def latest_checkpoint(run: Path) -> Path | None:
         return None
     folder = pointer.parent / pointer.read_text().strip()
     if not (folder / STATE).is_file():
-        raise UserError(f"{pointer} names {folder.name}, which is missing or damaged; write another checkpoint's name into it")
+        raise UserError(
+            f"{pointer} names {folder.name}, which is missing or damaged; write another checkpoint's name into it"
+        )
     return folder
 
 
@@ -75,7 +77,7 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, model: SGMIM, run: Path, 
         engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
         weights = full_weights(model)
         if chief:
-            save_state_dict(weights, temporary / WEIGHTS, model.config)
+            _save_full(weights, model, temporary / WEIGHTS)
             (temporary / STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
             _flush(temporary)
         distributed.barrier()
@@ -129,9 +131,20 @@ def full_weights(model: SGMIM) -> dict[str, torch.Tensor]:
     weights = {}
     for name, parameter in model.named_parameters():
         # Under ZeRO the exact weights are the optimizer's fp32 partitions, not the module's copy.
-        full = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") else None
+        full = (
+            safe_get_full_fp32_param(parameter)
+            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+            else None
+        )
         weights[name] = (parameter.detach() if full is None else full).to("cpu", torch.float32, copy=True)
     return weights
+
+
+def _save_full(weights: dict[str, torch.Tensor], model: SGMIM, path: Path) -> None:
+    with torch.device("meta"):
+        twin = SGMIM(model.config)
+    twin.load_state_dict(weights, assign=True)
+    save_weights(twin, path, layout="simmim" if model.config.guidance == "none" else "sgmim")
 
 
 def _flush(folder: Path) -> None:

@@ -59,8 +59,16 @@ def start_process_group() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Only inference uses this op; building it would need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank, local_size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "0")))
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+    local_rank, local_size = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "0"))
+    )
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29500"),
+    ):
         os.environ.setdefault(name, value)  # started without a launcher: one rank
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -113,7 +121,9 @@ def _train(
         total = config.schedule.epochs * loader.steps_per_epoch
         total = total if config.train.max_steps is None else min(total, config.train.max_steps)
         if start >= total:
-            raise UserError(f"{checkpoint} has done all {total} steps; raise --schedule.epochs or --train.max-steps to go on")
+            raise UserError(
+                f"{checkpoint} has done all {total} steps; raise --schedule.epochs or --train.max-steps to go on"
+            )
         if rank == 0:
             _describe_run(run, config, recipe, device, world_size)
         with Reporter(run, start, total, chief=rank == 0) as reporter:
@@ -122,7 +132,9 @@ def _train(
             losses, watch = LossWindow(device), Stopwatch()
             logged = start
             for step in range(start, total):
-                rate = learning_rate(step, loader.steps_per_epoch, position.samples_per_step, config.optimizer, config.schedule)
+                rate = learning_rate(
+                    step, loader.steps_per_epoch, position.samples_per_step, config.optimizer, config.schedule
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 # Drop path draws from a stream of (seed, step, rank), so a resumed run draws the same.
@@ -187,7 +199,13 @@ def _describe_run(run: Path, config: PretrainConfig, recipe: str, device: torch.
 
 
 def _summary(
-    config: PretrainConfig, task: PretrainTask, manifest: Manifest, world_size: int, device: torch.device, start: int, total: int
+    config: PretrainConfig,
+    task: PretrainTask,
+    manifest: Manifest,
+    world_size: int,
+    device: torch.device,
+    start: int,
+    total: int,
 ) -> str:
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in task.parameters())
     batch = config.train.batch_size * config.train.accumulation_steps * world_size

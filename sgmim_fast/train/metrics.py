@@ -91,7 +91,9 @@ class Reporter:
         self._task = self._progress.add_task("", total=self._total, completed=self._first, note="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.chief:
             self._progress.stop()
             self._board.close()

@@ -21,7 +21,8 @@ NOT_DECAYED = (
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices with weight decay; 1-d parameters, tables, tokens and scales without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         # ZeRO-3 keeps partitioned parameters flat; their true shape is ds_shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,74 @@
+# Everything runs in .venv, which `make setup` builds from setup.py and constraints.txt.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LINKS := build/mypy
+SOURCES := $(wildcard sgmim_fast kernels tests benchmarks setup.py)
+# pip draws progress bars on a terminal and stays quiet in a log.
+QUIET := $(shell test -t 2 || echo --quiet)
+fail = { echo "error: $(1)" >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo check test clean distclean force
+
+help:
+	@echo "make setup      install everything into .venv (a few minutes, about 6 GB); again only when out of date"
+	@echo "make demo       make a small data set, pre-train on it and write a report, on any machine"
+	@echo "make check      lint, format, types and import direction"
+	@echo "make test       run the tests"
+	@echo "make clean      remove build outputs, caches and what the demo wrote"
+	@echo "make distclean  clean, and remove .venv as well"
+	@echo "PYTHON=/path/to/python chooses the Python (3.11 or newer) that setup uses."
+
+setup: $(STAMP)
+
+# Entry points hold the path of .venv, so a moved or copied one is made anew.
+HERE := grep -qsF ' $(CURDIR)/$(VENV)' $(VENV)/pyvenv.cfg
+ifneq ($(shell $(HERE) && echo here),here)
+$(STAMP): force
+endif
+
+# A candidate is tried, not looked up: version managers leave commands that only say "not installed".
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@if $(HERE) && $(BIN)/python -c 'import pip' 2>/dev/null; then exit 0; fi; \
+	for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    found=$$python; \
+	    if $$python -c 'import venv, ensurepip' 2>/dev/null; then chosen=$$python; break; fi; \
+	done; \
+	test "$$found" || $(call fail,no Python 3.11 or newer found$(PYTHON:%= as %); install one or give its path: \
+	make setup PYTHON=/path/to/python); \
+	test "$$chosen" || $(call fail,$$found cannot create virtual environments; install its venv module (Debian and \
+	Ubuntu: apt-get install python3-venv)); \
+	echo "creating $(VENV) with $$($$chosen --version)"; \
+	$$chosen -m venv --clear $(VENV) || $(call fail,$(VENV) could not be created for the reason above)
+	@echo "installing the packages of setup.py into $(VENV): takes a few minutes and about 6 GB the first time"
+	@$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check -c constraints.txt -e '.[dev]' || \
+	$(call fail,pip could not install the packages for the reason above; check the network and the disk space and run \
+	make setup again)
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/sgmim demo
+
+# mypy follows no import hook, so it reads the package laid out as it is installed: through links.
+check: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	@rm -rf $(LINKS) && mkdir -p $(LINKS)/sgmim_fast
+	@ln -s $(addprefix ../../../,$(wildcard sgmim_fast/*) kernels) $(LINKS)/sgmim_fast/
+	cd $(LINKS) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p sgmim_fast
+	$(BIN)/python -m pytest tests/test_import_direction.py
+
+# One file's tests stay in one process, where they share what they built; one thread each keeps the cores free.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --maxprocesses 8 --dist loadfile
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo scenes/demo
+	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

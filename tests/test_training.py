@@ -1,0 +1,224 @@
+"""Real DeepSpeed runs of a tiny model on CPU ranks: equal numbers of ranks, resume, faults, bad input."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+TINY = {
+    "model.image-size": "64",
+    "model.embed-dim": "16",
+    "model.depths": "1 1 1 1",
+    "model.num-heads": "1 2 2 4",
+    "model.window-size": "4",
+    "data.workers": "0",
+    "train.batch-size": "2",
+    "train.log-every": "1",
+    "train.checkpoint-every": "3",
+    "train.max-steps": "6",
+}
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pairs of 80 x 96 pixels: 16-bit maps, images that have to do with them."""
+    root = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for name in ("images", "structure"):
+        (root / name).mkdir()
+    row, column = np.mgrid[:80, :96] / 96
+    for number in range(24):
+        phase = rng.random(4) * 6
+        depth = 0.5 + 0.25 * np.sin(5 * column + phase[0]) + 0.25 * np.cos(4 * row + phase[1])
+        image = np.stack((depth, (column + phase[2]) % 1, (row + phase[3]) % 1), -1)
+        Image.fromarray((255 * image).astype(np.uint8)).save(root / "images" / f"{number:02d}.jpg")
+        Image.fromarray((65535 * depth).astype(np.uint16)).save(root / "structure" / f"{number:02d}.png")
+    return root
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def arguments(data: Path, output: Path, **options: Any) -> list[str]:
+    chosen = TINY | {key.replace("__", ".").replace("_", "-"): str(value) for key, value in options.items()}
+    words = ["--recipe", "demo", "--data", str(data), "--output", str(output)]
+    for key, value in chosen.items():
+        words += [f"--{key}", *value.split()]
+    return words
+
+
+def run(command: list[str], file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    if file_limit is not None:  # every file a process writes ends at this size, as on a full disk
+        command = ["bash", "-c", f'ulimit -f {file_limit}; exec "$@"', "bash", *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def train(ranks: int, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+    ]
+    return run([*launcher, "--module", "sgmim_fast.pretrain", *words], **options)
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def two_ranks(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six uninterrupted steps on two ranks, checkpoints at 3 and 6."""
+    output = tmp_path_factory.mktemp("two_ranks") / "run"
+    succeed(train(2, arguments(pairs, output)))
+    return output
+
+
+def test_a_run_leaves_what_it_promises(two_ranks: Path) -> None:
+    assert (two_ranks / "checkpoints" / "latest").read_text().strip() == "step_000006"
+    assert not list((two_ranks / "checkpoints").glob(".incomplete*"))
+    assert [row["step"] for row in rows(two_ranks)] == [1, 2, 3, 4, 5, 6]
+    assert set(rows(two_ranks)[0]) >= {
+        "step", "epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm", "images_per_second", "data_wait",
+        "peak_memory_bytes",
+    }  # fmt: skip
+    for row in rows(two_ranks):
+        assert row["loss"] == pytest.approx(row["image_loss"] + row["structure_loss"], rel=1e-6)
+        assert row["grad_norm"] > 0
+        assert 0 <= row["data_wait"] <= 1
+    assert json.loads((two_ranks / "environment.json").read_text())["world_size"] == 2
+    assert list((two_ranks / "tensorboard").iterdir())
+    assert all(value.dtype == torch.float32 for value in weights(two_ranks, 6).values())
+
+
+def test_one_rank_with_twice_the_batch_gives_the_same_run(two_ranks: Path, pairs: Path, tmp_path: Path) -> None:
+    """Started by torchrun, so that launcher is tried too; two accumulated micro-steps are one more way."""
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "1",
+        "--master-port",
+        str(free_port()),
+    ]
+    succeed(run([*torchrun, "-m", "sgmim_fast.pretrain", *arguments(pairs, tmp_path / "one", train__batch_size=4)]))
+    for one, two in zip(rows(tmp_path / "one"), rows(two_ranks), strict=True):
+        for name in ("loss", "image_loss", "structure_loss", "lr", "grad_norm"):
+            assert one[name] == pytest.approx(two[name], rel=2e-5), (name, one["step"])
+    for name, value in weights(two_ranks, 6).items():
+        torch.testing.assert_close(weights(tmp_path / "one", 6)[name], value, rtol=1e-3, atol=2e-6, msg=name)
+
+
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(two_ranks: Path, pairs: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(two_ranks, broken)
+    shutil.rmtree(broken / "checkpoints" / "step_000006")
+    (broken / "checkpoints" / "latest").write_text("step_000003\n")
+    kept = rows(broken)[:3]
+    (broken / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    succeed(train(2, [*arguments(pairs, broken), "--resume"]))
+
+    for resumed, straight in zip(rows(broken), rows(two_ranks), strict=True):
+        for name in ("step", "epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm"):
+            assert resumed[name] == straight[name], (name, resumed["step"])
+    for name, value in weights(two_ranks, 6).items():
+        assert torch.equal(weights(broken, 6)[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "encoder"), [(0, "fp32", "swin"), (2, "bf16", "vit"), (3, "fp32", "swinv2")]
+)
+def test_stages_precisions_and_drop_path_resume_exactly(
+    stage: int, precision: str, encoder: str, pairs: Path, tmp_path: Path
+) -> None:
+    """One rank, drop path on: four steps at once, and two and two."""
+    options: dict[str, Any] = {"train__zero_stage": stage, "train__precision": precision, "model__encoder": encoder,
+                               "model__drop_path_rate": 0.3, "train__checkpoint_every": 2}  # fmt: skip
+    if encoder == "vit":
+        options |= {"model__embed_dim": 32, "model__depths": 2, "model__num_heads": 2, "model__patch_size": 16}
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    succeed(train(1, arguments(pairs, straight, **options, train__max_steps=4)))
+    succeed(train(1, arguments(pairs, halves, **options, train__max_steps=2)))
+    succeed(train(1, [*arguments(pairs, halves, **options, train__max_steps=4), "--resume"]))
+    for a, b in zip(rows(straight), rows(halves), strict=True):
+        assert a["loss"] == b["loss"], a["step"]
+        assert a["grad_norm"] == b["grad_norm"] > 0
+    first, last = weights(straight, 2), weights(straight, 4)
+    for name, value in weights(halves, 4).items():
+        assert torch.equal(last[name], value), name
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(two_ranks: Path, pairs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "full"
+    shutil.copytree(two_ranks, output)
+    before = weights(output, 6)
+    words = [*arguments(pairs, output, train__max_steps=7), "--resume"]
+    largest = max(p.stat().st_size for p in (output / "checkpoints" / "step_000006").iterdir())
+    done = train(2, words, file_limit=largest // 1024 // 2)
+    assert done.returncode != 0
+    line = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert "step_000007" in line
+    assert "step_000006 is intact" in line
+    assert (output / "checkpoints" / "latest").read_text().strip() == "step_000006"
+    assert not (output / "checkpoints" / "step_000007").exists()
+    assert all(torch.equal(value, before[name]) for name, value in weights(output, 6).items())
+
+
+def refuse(words: list[str], message: str) -> None:
+    """In one process, as each rank would: one line, status 2."""
+    done = run([sys.executable, "-m", "sgmim_fast.pretrain", *words])
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.stderr
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_is_not_overwritten(two_ranks: Path, pairs: Path) -> None:
+    refuse(arguments(pairs, two_ranks), "already holds a run; continue it with --resume")
+
+
+def test_resume_without_a_checkpoint(pairs: Path, tmp_path: Path) -> None:
+    refuse([*arguments(pairs, tmp_path / "none"), "--resume"], "has no checkpoint")
+
+
+def test_resume_with_another_model_names_what_differs(two_ranks: Path, pairs: Path) -> None:
+    words = arguments(pairs, two_ranks, model__embed_dim=32, train__max_steps=9, train__batch_size=4)
+    refuse([*words, "--resume"], "model.embed_dim")
+
+
+def test_resume_on_another_number_of_ranks(two_ranks: Path, pairs: Path) -> None:
+    refuse(
+        [*arguments(pairs, two_ranks, train__max_steps=9, train__batch_size=4), "--resume"],
+        "world_size = 2, this run has 1",
+    )
