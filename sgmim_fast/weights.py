@@ -145,7 +145,10 @@ def save_weights(model: nn.Module, path: str | Path, layout: Layout = "sgmim") -
         metadata["config"] = json.dumps(asdict(config))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors gives its files to their owner alone
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -166,6 +166,7 @@ class SwinEncoder(MaskedEncoder):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.embed_dim, config.patch_size, config.norm_eps)
+        self.config = config
         rates = iter(torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist())
         self.layers = nn.ModuleList(
             SwinStage(config, stage, [next(rates) for _ in range(depth)]) for stage, depth in enumerate(config.depths)

@@ -68,6 +68,7 @@ class ViTEncoder(MaskedEncoder):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.embed_dim, config.patch_size, norm_eps=None)
+        self.config = config
         side = CELL // config.patch_size
         self.map = (config.grid[0] * side, config.grid[1] * side)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))

@@ -1,0 +1,1 @@
+"""Speed and memory, measured and recorded. Needs torch, triton, numpy and timm alone."""
