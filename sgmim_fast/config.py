@@ -346,10 +346,10 @@ def vit_base_800ep() -> PretrainConfig:
 def demo() -> PretrainConfig:
     """A small Swin at 128 px that learns something visible in minutes on two CPU cores."""
     return PretrainConfig(
-        model=ModelConfig(image_size=128, embed_dim=48, depths=(2, 2, 4, 2), num_heads=(3, 6, 12, 24), window_size=4),
+        model=ModelConfig(image_size=128, embed_dim=32, depths=(2, 2, 4, 2), num_heads=(2, 4, 8, 16), window_size=4),
         data=DataConfig(workers=1),
-        optimizer=OptimizerConfig(lr=6e-3),
-        schedule=ScheduleConfig(epochs=20, warmup_epochs=1.0, warmup_lr=1e-5, min_lr=1e-4),
+        optimizer=OptimizerConfig(lr=0.016),
+        schedule=ScheduleConfig(epochs=8, warmup_epochs=0.5, warmup_lr=1e-5, min_lr=2e-4),
         train=TrainConfig(batch_size=16, precision="fp32", log_every=5, checkpoint_every=200),
         output="runs/demo",
     )

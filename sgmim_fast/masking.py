@@ -17,6 +17,7 @@ CELL = 32  # pixels; SimMIM's mask patch size, and the largest encoder stride
 # Separate streams for one sample's decisions: drawing more numbers for one never shifts another.
 STREAM_CROP = 0
 STREAM_MASK = 1
+STREAM_ORDER = 2  # of an epoch as a whole, drawn as if about sample 0
 
 
 def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:

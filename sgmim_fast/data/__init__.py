@@ -1,0 +1,1 @@
+"""Pairs of image and structure map: making, checking, reading and serving them."""
