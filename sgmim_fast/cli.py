@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sgmim_fast.errors import UserError
+from sgmim_fast.errors import UserError, one_line_errors
 
 DEMO_SCENES = Path("scenes/demo")
 DEMO_RUN = Path("runs/demo")
@@ -17,17 +17,11 @@ DEMO_RUN = Path("runs/demo")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the ``sgmim`` script."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser()
-    try:
+    with one_line_errors():
         if argv[:1] == ["pretrain"]:
             raise SystemExit(_pretrain(argv[1:]))  # its options belong to the training module
-        arguments = parser.parse_args(argv)
+        arguments = _parser().parse_args(argv)
         arguments.run_command(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "Render scenes, pre-train a small Swin on two ranks, report, export: some minutes.")
     demo.add_argument("--count", type=int, default=1500, help="scenes to render")
+    demo.add_argument("--steps", type=int, help="stop training after this many steps (default: the recipe's epochs)")
     return parser
 
 
@@ -106,7 +101,7 @@ def _pretrain(argv: Sequence[str]) -> int:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count), "--log_level", "error"]
     return subprocess.call([*command, "--module", "sgmim_fast.pretrain", *rest], env=environment)
 
 
@@ -142,8 +137,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     if finished:
         print(f"    {DEMO_RUN} holds a finished run; delete the folder to train again")
     else:
-        resume = ["--resume"] if (DEMO_RUN / "checkpoints" / "latest").exists() else []
-        status = _pretrain(["--num-gpus", "2", "--recipe", "demo", "--data", str(DEMO_SCENES), *resume])
+        options = ["--resume"] if (DEMO_RUN / "checkpoints" / "latest").exists() else []
+        options += ["--train.max-steps", str(arguments.steps)] if arguments.steps else []
+        status = _pretrain(["--num-gpus", "2", "--recipe", "demo", "--data", str(DEMO_SCENES), *options])
         if status:
             raise SystemExit(status)
     print("3/4 writing the page", flush=True)

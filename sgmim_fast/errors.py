@@ -1,4 +1,13 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The one exception that is meant for the person at the keyboard, and how entry points show it."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
@@ -7,3 +16,26 @@ class UserError(ValueError):
     Entry points print it as ``error: <message>`` and exit with status 2; a traceback would only
     hide the line. Programming mistakes stay ordinary exceptions.
     """
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn bad input, a full or closed disk and Ctrl-C into one line and an exit status (2, 130)."""
+    try:
+        yield
+    except UserError as error:
+        _stop(str(error))
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        _stop(f"{error.filename or 'a file'} cannot be written: {error.strerror}; free space or choose another folder")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _stop(message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # The first rank of this machine mostly met the same error; its launcher then ends this one in silence.
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None

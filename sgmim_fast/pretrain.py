@@ -3,9 +3,11 @@
 import os
 import sys
 
+from sgmim_fast.errors import one_line_errors
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse ``argv`` (default: the command line), then train."""
+
+def main() -> None:
+    """Parse the command line, then train. Heavy imports wait, because loader processes import this file too."""
     import torch
 
     if not torch.cuda.is_available():
@@ -14,10 +16,9 @@ def main(argv: list[str] | None = None) -> None:
     from sgmim_fast.train.arguments import parse_config
     from sgmim_fast.train.engine import pretrain
 
-    pretrain(*parse_config(sys.argv[1:] if argv is None else argv))
+    with one_line_errors():
+        pretrain(*parse_config(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    from sgmim_fast.train.arguments import main_with_errors
-
-    main_with_errors(main)
+    main()

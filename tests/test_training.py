@@ -204,6 +204,29 @@ def refuse(words: list[str], message: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_broken_image_stops_all_ranks_with_its_name(pairs: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    broken = data / "images" / "07.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    done = train(2, arguments(data, tmp_path / "run", data__workers=1))
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stderr
+    assert "07.jpg" in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
+
+
+def test_a_data_set_smaller_than_a_step(pairs: Path, tmp_path: Path) -> None:
+    refuse(arguments(pairs, tmp_path / "run", train__batch_size=64), "lower --train.batch-size")
+
+
+def test_a_folder_that_cannot_be_written(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    refuse(arguments(pairs, tmp_path / "file" / "run"), "file")
+
+
 def test_a_finished_run_is_not_overwritten(two_ranks: Path, pairs: Path) -> None:
     refuse(arguments(pairs, two_ranks), "already holds a run; continue it with --resume")
 

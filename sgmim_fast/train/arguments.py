@@ -11,7 +11,6 @@ import difflib
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,12 +138,3 @@ def _flatten(content: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
             yield from (name, *map(str, value))
         else:
             yield from (name, str(value))
-
-
-def main_with_errors(main: Any, *args: Any) -> None:
-    """Run an entry point; print a ``UserError`` as one line and exit with status 2."""
-    try:
-        main(*args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None

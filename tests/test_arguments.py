@@ -1,0 +1,93 @@
+"""What the command line and YAML files may say, and what is answered when they are wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from sgmim_fast.config import RECIPES
+from sgmim_fast.errors import UserError
+from sgmim_fast.train.arguments import config_to_json, load_config, parse_config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_its_file(name: str, tmp_path: Path) -> None:
+    config, recipe = parse_config(["--recipe", name])
+    assert recipe == name
+    assert config == RECIPES[name]()
+    (tmp_path / "config.json").write_text(config_to_json(config, recipe))
+    assert load_config(tmp_path / "config.json") == config
+
+
+def test_options_override_the_file_which_overrides_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "model: {window_size: 4, image_size: [64, 96]}\n"
+        "data: {path: from_file, flip: false}\n"
+        "schedule: {epochs: 30, milestones: [10, 20.5]}\n"
+        "train: {max_steps: null}\n"
+    )
+    config, _ = parse_config(
+        ["--recipe", "demo", "--config", str(file), "--data", "from_options", "--train.batch_size=3", "--local_rank=1"]
+    )
+    assert config.data.path == "from_options"
+    assert config.model.window_size == 4
+    assert config.model.hw == (64, 96)
+    assert config.model.embed_dim == RECIPES["demo"]().model.embed_dim
+    assert not config.data.flip
+    assert config.schedule.milestones == (10, 20.5)
+    assert config.train.batch_size == 3
+
+
+BAD = [
+    (["--recipe", "swin_huge"], "recipe 'swin_huge' is unknown; choose one of swin_base_100ep"),
+    (["--train.batchsize", "4"], "did you mean --train.batch-size"),
+    (["--train.batch-size", "x"], "--train.batch-size: invalid literal"),
+    (["--train.batch-size"], "--train.batch-size"),
+    (["--train.batch-size", "0"], "train.batch_size 0 must be 1 or more"),
+    (["--data.mask-ratio", "0"], "mask_ratio 0.0 must lie strictly between 0 and 1"),
+    (["--data.mask-ratio", "1"], "mask_ratio 1.0 must lie strictly between 0 and 1"),
+    (["--data.mask-ratio", "0.99"], "masks all 36 cells"),
+    (["--model.image-size", "200"], "image_size 200 must be a multiple of 32"),
+    (["--model.encoder", "resnet"], "resnet"),
+    (["--train.zero-stage", "0"], "bf16 needs train.zero_stage 1 or more"),
+    (["word"], "word"),
+    (["--config", "missing.yaml"], "missing.yaml"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_mistakes_are_named_in_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "│" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {batchsize: 3}", "--train.batchsize is unknown"),
+        ("- a\n- b\n", "must hold a mapping"),
+        ("a: [", "is not YAML"),
+        ("train: 3", "--train is unknown"),
+    ],
+)
+def test_mistakes_in_a_file_are_named_too(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        parse_config(["--config", str(file)])
+    assert "\n" not in str(caught.value)
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "deepspeed --num_gpus 2 --module sgmim_fast.pretrain" in text
+    assert "swin_base_800ep" in text
+    assert "Share of the 32-pixel cells that are masked" in text
+    assert "noqa" not in text
+    assert "type:" not in text

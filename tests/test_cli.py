@@ -1,0 +1,73 @@
+"""``sgmim`` from a shell: the demo in small, and refusals in one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+
+def sgmim(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sgmim_fast.cli", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, env=environment)
+
+
+def test_demo_in_small(tmp_path: Path) -> None:
+    """Scenes, two DeepSpeed ranks, page, export; a second call finds its work done; timm takes the backbone."""
+    done = sgmim(tmp_path, "demo", "--count", "40", "--steps", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs/demo/report.html").resolve().as_uri() in done.stdout
+    assert "Traceback" not in done.stderr
+    again = sgmim(tmp_path, "demo", "--count", "40", "--steps", "2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "delete the folder to train again" in again.stdout
+
+    backbone = timm.models.swin_transformer.SwinTransformer(
+        img_size=128, embed_dim=32, depths=(2, 2, 4, 2), num_heads=(2, 4, 8, 16), window_size=4, num_classes=0
+    )
+    backbone.load_state_dict(load_file(tmp_path / "runs/demo/backbone_timm.safetensors"))
+    assert backbone(torch.randn(1, 3, 128, 128)).isfinite().all()
+
+    other = sgmim(tmp_path, "export", "runs/demo", "--layout", "sgmim", "--output", "mine.safetensors")
+    assert other.returncode == 0, other.stderr
+    assert any(name.startswith("fusion_blk_img") for name in load_file(tmp_path / "mine.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["report", "nowhere"], "nowhere"),
+        (["export", "nowhere"], "nowhere"),
+        (["synth", "out", "--count", "0"], "count 0 must be 1 or more"),
+        (["pretrain", "--recipe", "nope"], "recipe 'nope' is unknown"),
+        (["pretrain", "--num-gpus", "0"], "--num-gpus 0"),
+    ],
+)
+def test_refusals(words: list[str], message: str, tmp_path: Path) -> None:
+    done = sgmim(tmp_path, *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_data_is_said_once_by_two_ranks(tmp_path: Path) -> None:
+    done = sgmim(tmp_path, "pretrain", "--num-gpus", "2", "--recipe", "demo", "--data", "nowhere")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1, done.stderr
+    assert "nowhere" in done.stderr
+
+
+def test_help_needs_no_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys; from sgmim_fast.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout
