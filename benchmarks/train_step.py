@@ -8,6 +8,7 @@ was measured in and the deviation of its loss and gradients from the first backe
 """
 
 import argparse
+import ast
 import json
 import resource
 import subprocess
@@ -18,47 +19,59 @@ from typing import Any
 
 import torch
 
-from sgmim_fast.masking import draw_cell_mask, mask_indices, sample_rng
+from sgmim_fast.errors import one_line_errors
+from sgmim_fast.masking import STREAM_MASK, draw_cell_mask, mask_indices, sample_rng
 from sgmim_fast.models.registry import create_model
 from sgmim_fast.train.environment import describe_environment
 
 RESULTS = Path(__file__).parent / "results" / "train_step.jsonl"
-ROUNDS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sgmim_swin_base", help="a name of sgmim_fast.config.MODELS")
+    parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of ModelConfig")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
     parser.add_argument("--backends", nargs="+", default=["reference", "torch"], help="the first is the yardstick")
     parser.add_argument("--steps", type=int, default=5, help="timed steps a round, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=2, help="processes an implementation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     parser.add_argument("--measure", metavar="BACKEND", help=argparse.SUPPRESS)  # a child process: one backend
     options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(measure(options.model, options.batch, options.measure, options.steps, options.device)))
-        return
+    with one_line_errors():
+        if options.measure:
+            print(json.dumps(measure(options)))
+        else:
+            compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Measure every backend in turns, then write and print a row for each."""
     rounds: dict[str, list[dict[str, Any]]] = {backend: [] for backend in options.backends}
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         for backend in options.backends:
             child = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--measure", backend]
-            rounds[backend].append(json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE).stdout))
+            done = subprocess.run(child, stdout=subprocess.PIPE)
+            if done.returncode:
+                raise SystemExit(done.returncode)
+            rounds[backend].append(json.loads(done.stdout))
     environment = describe_environment(torch.device(options.device), 1)
     first = rounds[options.backends[0]][0]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("a") as file:
         for backend, runs in rounds.items():
+            times = percentiles([seconds for run in runs for seconds in run["seconds"]])
             row = {
                 "benchmark": "train_step",
                 "model": options.model,
+                "override": options.override,
                 "batch": options.batch,
                 "device": options.device,
                 "precision": "fp32",
                 "backend": backend,
-                **percentiles([seconds for run in runs for seconds in run["seconds"]]),
-                "images_per_second": options.batch
-                / percentiles([s for r in runs for s in r["seconds"]])["p50_seconds"],
+                **times,
+                "images_per_second": options.batch / times["p50_seconds"],
                 "step_memory_bytes": max(run["step_memory_bytes"] for run in runs),
                 "loss_deviation": abs(runs[0]["loss"] - first["loss"]) / abs(first["loss"]),
                 "gradient_norm_deviation": abs(runs[0]["grad_norm"] - first["grad_norm"]) / first["grad_norm"],
@@ -72,15 +85,16 @@ def main() -> None:
             )
 
 
-def measure(name: str, batch: int, backend: Any, steps: int, device_name: str) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each step, memory that a step needs beyond weights, and loss and gradient norm to compare."""
-    device = torch.device(device_name)
+    device, batch = torch.device(options.device), options.batch
+    fields = {name: ast.literal_eval(value) for name, value in (word.split("=", 1) for word in options.override)}
     torch.manual_seed(0)
-    model = create_model(name, backend=backend, drop_path_rate=0.0).to(device)
+    model = create_model(options.model, backend=options.measure, **{"drop_path_rate": 0.0, **fields}).to(device)
     config = model.config
     image = torch.randn(batch, 3, *config.hw, device=device)
     structure = torch.randn(batch, config.structure_channels, *config.hw, device=device)
-    masks = [draw_cell_mask(sample_rng(0, 0, index, 1), config.grid, 0.6) for index in range(batch)]
+    masks = [draw_cell_mask(sample_rng(0, 0, index, STREAM_MASK), config.grid, 0.6) for index in range(batch)]
     mask = torch.stack([torch.from_numpy(m) for m in masks])
     masked, visible = (index.to(device) for index in mask_indices(mask))
     mask = mask.to(device)
@@ -89,7 +103,7 @@ def measure(name: str, batch: int, backend: Any, steps: int, device_name: str) -
     before = resident(device)
     seconds = []
     loss = torch.tensor(0.0)
-    for _ in range(steps + 1):
+    for _ in range(options.steps + 1):
         model.zero_grad(set_to_none=False)
         synchronize(device)
         start = time.perf_counter()

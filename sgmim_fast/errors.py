@@ -7,7 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
 
 class UserError(ValueError):
@@ -18,24 +27,28 @@ class UserError(ValueError):
     """
 
 
+class LostPeerError(UserError):
+    """Another rank of the run has ended; its own message says why."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn bad input, a full or closed disk and Ctrl-C into one line and an exit status (2, 130)."""
+    """Turn bad input, an unwritable place and Ctrl-C into one line and an exit status (2, 130)."""
     try:
         yield
     except UserError as error:
-        _stop(str(error))
+        _stop(str(error), others_tell=isinstance(error, LostPeerError))
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _UNWRITABLE:
             raise
         _stop(f"{error.filename or 'a file'} cannot be written: {error.strerror}; free space or choose another folder")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _stop(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        # The first rank of this machine mostly met the same error; its launcher then ends this one in silence.
+def _stop(message: str, others_tell: bool = False) -> None:
+    if others_tell or os.environ.get("LOCAL_RANK", "0") != "0":
+        # The first rank of this machine mostly met the same error; the launcher then ends this one in silence.
         time.sleep(5)
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None

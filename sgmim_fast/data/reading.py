@@ -182,12 +182,17 @@ def _is_npy(path: Path) -> bool:
 
 def _load_npy(path: Path, *, header_only: bool) -> np.ndarray:
     try:
-        values = np.load(path, mmap_mode="r" if header_only else None, allow_pickle=False)
+        values: np.ndarray
+        if header_only:
+            values = np.lib.format.open_memmap(path, mode="r")
+        else:
+            with open(path, "rb") as file:
+                values = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{path}: the file does not exist; restore it, or remove it from the data set") from error
     except (OSError, ValueError, EOFError) as error:
         raise _unreadable(path, str(error)) from error
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
+    if values.dtype.kind not in "iuf":
         raise UserError(f"{path}: holds no plain array of real numbers; save the map as float32 or integers")
     return values
 

@@ -18,6 +18,7 @@ from torch import distributed
 
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.sgmim import SGMIM
+from sgmim_fast.train.ranks import is_lost_peer
 from sgmim_fast.weights import save_weights
 
 LATEST = "latest"
@@ -91,6 +92,8 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, model: SGMIM, run: Path, 
         distributed.barrier()
     except (OSError, RuntimeError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_lost_peer(error):
+            raise
         kept = latest_checkpoint(run)
         intact = "no earlier checkpoint exists" if kept is None else f"{kept} is intact; continue with --resume"
         reason = str(error).splitlines()[0]

@@ -22,7 +22,7 @@ from sgmim_fast.train.checkpoint import Position, latest_checkpoint, load_checkp
 from sgmim_fast.train.environment import describe_environment
 from sgmim_fast.train.metrics import LossWindow, Reporter, Stopwatch, as_float, peak_memory_bytes
 from sgmim_fast.train.optim import build_optimizer, learning_rate
-from sgmim_fast.train.ranks import join_ranks
+from sgmim_fast.train.ranks import joined_ranks
 
 
 def pretrain(config: PretrainConfig, recipe: str) -> Path:
@@ -34,15 +34,14 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
     run = Path(config.output)
     manifest = read_manifest(config.data.path, structure=config.model.guidance != "none")
     checkpoint = _starting_point(run, config.resume)
-    device = join_ranks()
-    try:
+    with joined_ranks() as device:
         trainer = _Trainer(config, run, manifest, device)
         start = 0 if checkpoint is None else load_checkpoint(trainer.engine, checkpoint, trainer.position)
         with build_torch_loader(
             manifest,
             config,
-            rank=distributed.get_rank(),
-            world_size=distributed.get_world_size(),
+            rank=trainer.rank,
+            world_size=trainer.world_size,
             start_step=start,
             pin_memory=device.type == "cuda",
         ) as loader:
@@ -51,14 +50,11 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
                 raise UserError(
                     f"{checkpoint} has done all {total} steps; raise --schedule.epochs or --train.max-steps to go on"
                 )
-            chief = distributed.get_rank() == 0
-            if chief:
+            if trainer.rank == 0:
                 _describe_run(run, config, recipe, device)
-            with Reporter(run, start, total, chief) as reporter:
+            with Reporter(run, start, total, chief=trainer.rank == 0) as reporter:
                 reporter.say(trainer.summary(start, total))
                 trainer.train(loader, reporter, start, total)
-    finally:
-        distributed.destroy_process_group()
     return run
 
 

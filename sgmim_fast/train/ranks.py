@@ -3,16 +3,45 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import deepspeed
 import torch
+from torch import distributed
+
+from sgmim_fast.errors import LostPeerError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def join_ranks() -> torch.device:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+@contextmanager
+def joined_ranks() -> Iterator[torch.device]:
+    """The process group for the length of a block; gives this rank's device.
+
+    Raises:
+        LostPeerError: if a collective of the block fails because another rank has ended.
+    """
+    device = _join()
+    try:
+        yield device
+    except RuntimeError as error:
+        if is_lost_peer(error):
+            reason = str(error).splitlines()[0]
+            raise LostPeerError(f"another rank has ended ({reason}); its message says why, --resume goes on") from error
+        raise
+    finally:
+        distributed.destroy_process_group()
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank has ended; gloo raises a bare RuntimeError then."""
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "by peer" in str(error))
+
+
+def _join() -> torch.device:
+    """NCCL on GPUs, gloo on CPUs."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls torch's collectives by names that torch has begun to rename.
     warnings.filterwarnings("ignore", message=r".*_into_tensor. is deprecated", category=FutureWarning)
