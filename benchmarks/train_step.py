@@ -2,9 +2,10 @@
 
     python -m benchmarks.train_step --model sgmim_swin_base --batch 8 --backends reference torch
 
-Every implementation runs in processes of its own, in turns, so that none profits from another's warm caches
-or inherits its memory peak. Each row goes to ``benchmarks/results/train_step.jsonl`` with the environment it
-was measured in and the deviation of its loss and gradients from the first backend's.
+Steps of all implementations alternate on the same weights and inputs, so that whatever else the machine does falls
+on all alike; memory peaks are taken in a process for each. Every row goes to
+``benchmarks/results/train_step.jsonl`` with the environment it was measured in and the deviation of its loss and
+gradients from the first backend's.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,91 +35,111 @@ def main() -> None:
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of ModelConfig")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
     parser.add_argument("--backends", nargs="+", default=["reference", "torch"], help="the first is the yardstick")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps a round, after one to warm up")
-    parser.add_argument("--rounds", type=int, default=2, help="processes an implementation")
+    parser.add_argument("--steps", type=int, default=11, help="timed steps, after one to warm up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
-    parser.add_argument("--measure", metavar="BACKEND", help=argparse.SUPPRESS)  # a child process: one backend
+    parser.add_argument("--memory-of", metavar="BACKEND", help=argparse.SUPPRESS)  # a child process
     options = parser.parse_args()
     with one_line_errors():
-        if options.measure:
-            print(json.dumps(measure(options)))
+        if options.memory_of:
+            print(step_memory(options))
         else:
             compare(options)
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Measure every backend in turns, then write and print a row for each."""
-    rounds: dict[str, list[dict[str, Any]]] = {backend: [] for backend in options.backends}
-    for _ in range(options.rounds):
-        for backend in options.backends:
-            child = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--measure", backend]
-            done = subprocess.run(child, stdout=subprocess.PIPE)
-            if done.returncode:
-                raise SystemExit(done.returncode)
-            rounds[backend].append(json.loads(done.stdout))
+    """Measure every backend; write and print a row for each."""
+    timed = time_steps(options)
+    memory = {}
+    for backend in options.backends:
+        child = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--memory-of", backend]
+        memory[backend] = int(subprocess.run(child, check=True, stdout=subprocess.PIPE).stdout)
     environment = describe_environment(torch.device(options.device), 1)
-    first = rounds[options.backends[0]][0]
+    first = timed[options.backends[0]]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("a") as file:
-        for backend, runs in rounds.items():
-            times = percentiles([seconds for run in runs for seconds in run["seconds"]])
+        for backend, found in timed.items():
+            times = percentiles(found["seconds"])
             row = {
                 "benchmark": "train_step",
                 "model": options.model,
                 "override": options.override,
                 "batch": options.batch,
                 "device": options.device,
+                "threads": torch.get_num_threads(),
                 "precision": "fp32",
                 "backend": backend,
+                "steps": options.steps,
                 **times,
                 "images_per_second": options.batch / times["p50_seconds"],
-                "step_memory_bytes": max(run["step_memory_bytes"] for run in runs),
-                "loss_deviation": abs(runs[0]["loss"] - first["loss"]) / abs(first["loss"]),
-                "gradient_norm_deviation": abs(runs[0]["grad_norm"] - first["grad_norm"]) / first["grad_norm"],
+                "step_memory_bytes": memory[backend],
+                "loss_deviation": abs(found["loss"] - first["loss"]) / abs(first["loss"]),
+                "gradient_norm_deviation": abs(found["grad_norm"] - first["grad_norm"]) / first["grad_norm"],
                 "environment": environment,
             }
             file.write(json.dumps(row) + "\n")
             print(
                 f"{options.model} {backend:>9}: {row['p50_seconds']:.3f} s a step of {options.batch} "
                 f"({row['images_per_second']:.2f} images/s), {row['step_memory_bytes'] / 1e9:.2f} GB, "
-                f"loss off by {row['loss_deviation']:.1e}"
+                f"gradient norm off by {row['gradient_norm_deviation']:.1e}"
             )
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each step, memory that a step needs beyond weights, and loss and gradient norm to compare."""
-    device, batch = torch.device(options.device), options.batch
+def time_steps(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Seconds of each step, loss and gradient norm, of every backend in turns."""
+    device = torch.device(options.device)
+    model, step = build(options)
+    found: dict[str, dict[str, Any]] = {backend: {"seconds": []} for backend in options.backends}
+    for _ in range(options.steps + 1):
+        for backend, results in found.items():
+            model.set_backend(backend)
+            model.zero_grad(set_to_none=False)
+            synchronize(device)
+            start = time.perf_counter()
+            loss = step()
+            synchronize(device)
+            results["seconds"].append(time.perf_counter() - start)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            results |= {"loss": loss.item(), "grad_norm": torch.nn.utils.get_total_norm(gradients).item()}
+    for results in found.values():
+        del results["seconds"][0]
+    return found
+
+
+def step_memory(options: argparse.Namespace) -> int:
+    """Bytes that steps of one backend need beyond weights, gradients and inputs."""
+    device = torch.device(options.device)
+    model, step = build(options)
+    model.set_backend(options.memory_of)
+    before = resident(device)
+    for _ in range(3):
+        model.zero_grad(set_to_none=False)
+        step()
+    return peak(device) - before
+
+
+def build(options: argparse.Namespace) -> tuple[Any, Callable[[], torch.Tensor]]:
+    """The model with its gradients allocated, and a function that runs forward and backward."""
+    device = torch.device(options.device)
     fields = {name: ast.literal_eval(value) for name, value in (word.split("=", 1) for word in options.override)}
     torch.manual_seed(0)
-    model = create_model(options.model, backend=options.measure, **{"drop_path_rate": 0.0, **fields}).to(device)
+    model = create_model(options.model, **{"drop_path_rate": 0.0, **fields}).to(device)
     config = model.config
-    image = torch.randn(batch, 3, *config.hw, device=device)
-    structure = torch.randn(batch, config.structure_channels, *config.hw, device=device)
-    masks = [draw_cell_mask(sample_rng(0, 0, index, STREAM_MASK), config.grid, 0.6) for index in range(batch)]
-    mask = torch.stack([torch.from_numpy(m) for m in masks])
+    image = torch.randn(options.batch, 3, *config.hw, device=device)
+    structure = torch.randn(options.batch, config.structure_channels, *config.hw, device=device)
+    rngs = [sample_rng(0, 0, index, STREAM_MASK) for index in range(options.batch)]
+    mask = torch.stack([torch.from_numpy(draw_cell_mask(rng, config.grid, 0.6)) for rng in rngs])
     masked, visible = (index.to(device) for index in mask_indices(mask))
     mask = mask.to(device)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # gradients belong to the weights, not to the step
-    before = resident(device)
-    seconds = []
-    loss = torch.tensor(0.0)
-    for _ in range(options.steps + 1):
-        model.zero_grad(set_to_none=False)
-        synchronize(device)
-        start = time.perf_counter()
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step() -> torch.Tensor:
         loss = model(image, structure, mask, masked, visible).loss
         loss.backward()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return {
-        "seconds": seconds[1:],
-        "step_memory_bytes": peak(device) - before,
-        "loss": loss.item(),
-        "grad_norm": norm.item(),
-    }
+        return loss.detach()
+
+    return model, step
 
 
 def synchronize(device: torch.device) -> None:

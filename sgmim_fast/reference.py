@@ -7,6 +7,7 @@ Shape letters: B batch, C channels, H W rows and columns of a map, G mask cells 
 N rows, L encoder tokens, T heads, D head size, S image side, s pixels of a token's side.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -164,7 +165,7 @@ def guidance_attention(
     if count == 0 or null_k is None or null_v is None:
         out = logits.softmax(-1) @ v
     else:
-        null_logit = (q @ null_k[:, :, None]) + torch.tensor(count, dtype=q.dtype, device=q.device).log()
+        null_logit = q @ null_k[:, :, None] + math.log(count)
         weight = torch.cat((logits, null_logit), -1).softmax(-1)
         out = weight[..., :-1] @ v + weight[..., -1:] * null_v[:, None, :]
     return out.transpose(1, 2).flatten(2)

@@ -16,7 +16,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_train_step_records_a_row_for_each_backend(tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
-    done = bench("--override", *TINY, "--batch", "2", "--steps", "2", "--rounds", "1", "--output", str(output))
+    done = bench("--override", *TINY, "--batch", "2", "--steps", "2", "--output", str(output))
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["backend"] for row in rows] == ["reference", "torch"]

@@ -118,8 +118,11 @@ def test_a_run_leaves_what_it_promises(two_ranks: Path) -> None:
     assert all(value.dtype == torch.float32 for value in weights(two_ranks, 6).values())
 
 
-def test_one_rank_with_twice_the_batch_gives_the_same_run(two_ranks: Path, pairs: Path, tmp_path: Path) -> None:
-    """Started by torchrun, so that launcher is tried too; two accumulated micro-steps are one more way."""
+@pytest.mark.parametrize(("batch", "micro_steps"), [(4, 1), (2, 2)], ids=["twice-the-batch", "two-micro-steps"])
+def test_one_rank_with_as_many_pairs_gives_the_same_run(
+    batch: int, micro_steps: int, two_ranks: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Started by torchrun, so that launcher is tried too."""
     torchrun = [
         sys.executable,
         "-m",
@@ -129,7 +132,8 @@ def test_one_rank_with_twice_the_batch_gives_the_same_run(two_ranks: Path, pairs
         "--master-port",
         str(free_port()),
     ]
-    succeed(run([*torchrun, "-m", "sgmim_fast.pretrain", *arguments(pairs, tmp_path / "one", train__batch_size=4)]))
+    options = {"train__batch_size": batch, "train__accumulation_steps": micro_steps}
+    succeed(run([*torchrun, "-m", "sgmim_fast.pretrain", *arguments(pairs, tmp_path / "one", **options)]))
     for one, two in zip(rows(tmp_path / "one"), rows(two_ranks), strict=True):
         for name in ("loss", "image_loss", "structure_loss", "lr", "grad_norm"):
             assert one[name] == pytest.approx(two[name], rel=2e-5), (name, one["step"])

@@ -21,15 +21,26 @@ class CrossAttention(Dispatched):
         self.v = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor, null: Tensor | None = None, count: int = 0) -> Tensor:
-        """``null`` (C,) stands for ``count`` further context tokens that are all equal to it."""
-        q, k, v = (_heads(part) for part in (self.q(x), self.k(context), self.v(context)))
+    def forward(self, x: Tensor, context: Tensor, null: bool = False, count: int = 0) -> Tensor:
+        """Attend from x (B, Nq, C).
+
+        Args:
+            x: normalised queries.
+            context: (rows, C) normalised context: Nk tokens of each sample in turn and, with ``null``, one row more
+                that stands for ``count`` further tokens of every sample, all equal to it.
+            null: whether that row is there.
+            count: how many tokens it stands for.
+
+        Returns:
+            (B, Nq, C).
+        """
+        q, k, v = _heads(self.q(x)), _heads(self.k(context)), _heads(self.v(context))
         null_k = null_v = None
-        if null is not None and count > 0:
-            null_k, null_v = _heads(self.k(null)), _heads(self.v(null))
-        return self.proj(
-            ops.guidance_attention(q, k, v, null_k, null_v, 0 if null is None else count, backend=self.backend)
-        )
+        if null:
+            (k, null_k), (v, null_v) = (part.split((len(part) - 1, 1)) for part in (k, v))
+            null_k, null_v = null_k[0], null_v[0]
+        k, v = (part.unflatten(0, (len(x), -1)) for part in (k, v))
+        return self.proj(ops.guidance_attention(q, k, v, null_k, null_v, count, backend=self.backend))
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -89,9 +100,9 @@ class RelationalGuidance(nn.Module):
             if s.shape[1] != context_index.shape[1]:
                 s = ops.gather_rows(s, context_index, backend=backend)
             s = s + ops.gather_rows(table, context_index, backend=backend)
-            null = None
-        null = None if null is None else self.context_norm(null)
-        u = z + self.cross_attn(self.query_norm(z), self.context_norm(s), null, hidden)
+            null, hidden = None, 0
+        context = s.flatten(0, 1) if null is None else torch.cat((s.flatten(0, 1), null[None]))
+        u = z + self.cross_attn(self.query_norm(z), self.context_norm(context), null is not None, hidden)
         return u + self.mlp(self.out_norm(u))
 
 

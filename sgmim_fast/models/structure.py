@@ -1,5 +1,6 @@
 """Structured-knowledge encoder: patch embedding and patch mergings, no attention (SG-MIM, arXiv 2409.02513)."""
 
+import torch
 from torch import Tensor, nn
 
 from sgmim_fast import ops, reference
@@ -45,9 +46,11 @@ class StructureEncoder(nn.Module):
             x = x * reference.upsample_mask(given, CELL // PATCH).unsqueeze(-1).to(x.dtype)
             return self._merge(x).flatten(1, 2), None
         cells = ops.gather_cells(structure, index, backend=backend).flatten(0, 1)
-        x = self._merge(self.depth_patch_embed(cells))
-        null = self._merge(x.new_zeros(1, 2**self.merges, 2**self.merges, self.width))
-        return x.reshape(index.shape[0], -1, x.shape[-1]), null.flatten()
+        x = self.depth_patch_embed(cells)
+        # One more cell, of zeros, rides along: a pass of its own would compute every weight's gradient twice.
+        x = self._merge(torch.cat((x, x.new_zeros(1, *x.shape[1:]))))
+        x, null = x.split((x.shape[0] - 1, 1))
+        return x.reshape(index.shape[0], -1, x.shape[-1]), null[0, 0, 0]
 
     def _merge(self, x: Tensor) -> Tensor:
         for number in range(self.merges):
