@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of ModelConfig")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
     parser.add_argument("--backends", nargs="+", default=["reference", "torch"], help="the first is the yardstick")
-    parser.add_argument("--steps", type=int, default=11, help="timed steps, after one to warm up")
+    parser.add_argument("--steps", type=int, default=11, help="timed steps of each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     parser.add_argument("--memory-of", metavar="BACKEND", help=argparse.SUPPRESS)  # a child process
@@ -72,6 +72,7 @@ def compare(options: argparse.Namespace) -> None:
                 "steps": options.steps,
                 **times,
                 "images_per_second": options.batch / times["p50_seconds"],
+                "activation_bytes": found["activation_bytes"],
                 "step_memory_bytes": memory[backend],
                 "loss_deviation": abs(found["loss"] - first["loss"]) / abs(first["loss"]),
                 "gradient_norm_deviation": abs(found["grad_norm"] - first["grad_norm"]) / first["grad_norm"],
@@ -80,17 +81,21 @@ def compare(options: argparse.Namespace) -> None:
             file.write(json.dumps(row) + "\n")
             print(
                 f"{options.model} {backend:>9}: {row['p50_seconds']:.3f} s a step of {options.batch} "
-                f"({row['images_per_second']:.2f} images/s), {row['step_memory_bytes'] / 1e9:.2f} GB, "
+                f"({row['images_per_second']:.2f} images/s), {row['activation_bytes'] / 1e6:.0f} MB of activations, "
+                f"peak {row['step_memory_bytes'] / 1e9:.2f} GB, "
                 f"gradient norm off by {row['gradient_norm_deviation']:.1e}"
             )
 
 
 def time_steps(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Seconds of each step, loss and gradient norm, of every backend in turns."""
+    """Seconds of each step, activation bytes, loss and gradient norm, of every backend in turns."""
     device = torch.device(options.device)
     model, step = build(options)
     found: dict[str, dict[str, Any]] = {backend: {"seconds": []} for backend in options.backends}
-    for _ in range(options.steps + 1):
+    for backend, results in found.items():  # counted and warmed up
+        model.set_backend(backend)
+        results["activation_bytes"] = activation_bytes(model, step)
+    for _ in range(options.steps):
         for backend, results in found.items():
             model.set_backend(backend)
             model.zero_grad(set_to_none=False)
@@ -101,13 +106,27 @@ def time_steps(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             results["seconds"].append(time.perf_counter() - start)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             results |= {"loss": loss.item(), "grad_norm": torch.nn.utils.get_total_norm(gradients).item()}
-    for results in found.values():
-        del results["seconds"][0]
     return found
 
 
+def activation_bytes(model: torch.nn.Module, step: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the tensors that forward keeps for backward, each storage once, weights not counted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
+
+
 def step_memory(options: argparse.Namespace) -> int:
-    """Bytes that steps of one backend need beyond weights, gradients and inputs."""
+    """Peak bytes that steps of one backend need beyond weights, gradients and inputs."""
     device = torch.device(options.device)
     model, step = build(options)
     model.set_backend(options.memory_of)
