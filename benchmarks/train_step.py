@@ -84,8 +84,8 @@ def compare(options: argparse.Namespace) -> None:
             file.write(json.dumps(row) + "\n")
             print(
                 f"{options.model} {backend:>9}: {row['p50_seconds']:.3f} s a step of {options.batch} "
-                f"({row['images_per_second']:.2f} images/s, x{row['p50_time_ratio']:.3f}), {row['activation_bytes'] / 1e6:.0f} MB of activations, "
-                f"peak {row['step_memory_bytes'] / 1e9:.2f} GB, "
+                f"({row['images_per_second']:.2f} images/s, x{row['p50_time_ratio']:.3f}), "
+                f"{row['activation_bytes'] / 1e6:.0f} MB of activations, peak {row['step_memory_bytes'] / 1e9:.2f} GB, "
                 f"gradient norm off by {row['gradient_norm_deviation']:.1e}"
             )
 
