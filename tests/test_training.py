@@ -223,6 +223,12 @@ def test_a_broken_image_stops_all_ranks_with_its_name(pairs: Path, tmp_path: Pat
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
 
+    shutil.copy(pairs / "images" / "07.jpg", broken)  # mended, the same command works
+    left = (tmp_path / "run" / "metrics.jsonl").read_text()
+    succeed(train(2, arguments(data, tmp_path / "run", data__workers=1, train__max_steps=1)))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1]
+    assert (tmp_path / "run" / "metrics.jsonl.1").read_text() == left
+
 
 def test_a_data_set_smaller_than_a_step(pairs: Path, tmp_path: Path) -> None:
     refuse(arguments(pairs, tmp_path / "run", train__batch_size=64), "lower --train.batch-size")

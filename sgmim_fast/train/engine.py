@@ -1,5 +1,6 @@
 """The training loop, on DeepSpeed whatever the number of ranks."""
 
+import itertools
 import json
 import os
 import time
@@ -51,6 +52,8 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
                     f"{checkpoint} has done all {total} steps; raise --schedule.epochs or --train.max-steps to go on"
                 )
             if trainer.rank == 0:
+                if start == 0:
+                    _set_aside(run)
                 _describe_run(run, config, recipe, device)
             with Reporter(run, start, total, chief=trainer.rank == 0) as reporter:
                 reporter.say(trainer.summary(start, total))
@@ -75,14 +78,22 @@ def _starting_point(run: Path, resume: bool) -> Path | None:
     checkpoint = latest_checkpoint(run)
     if resume and checkpoint is None:
         raise UserError(f"--resume: {run} has no checkpoint; leave --resume out to start anew")
-    if not resume and (run / "metrics.jsonl").exists():
+    if not resume and checkpoint is not None:
         raise UserError(f"{run} already holds a run; continue it with --resume, or choose another --output")
-    return checkpoint if resume else None
+    return checkpoint
 
 
 def _last_step(config: PretrainConfig, loader: TorchLoader) -> int:
     total = config.schedule.epochs * loader.steps_per_epoch
     return total if config.train.max_steps is None else min(total, config.train.max_steps)
+
+
+def _set_aside(run: Path) -> None:
+    """Rename what a run left that ended before its first checkpoint: it cannot be continued, only repeated."""
+    for name in ("metrics.jsonl", "tensorboard"):
+        if (run / name).exists():
+            number = next(n for n in itertools.count(1) if not (run / f"{name}.{n}").exists())
+            (run / name).rename(run / f"{name}.{number}")
 
 
 def _describe_run(run: Path, config: PretrainConfig, recipe: str, device: torch.device) -> None:
