@@ -18,7 +18,7 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, str
     """Versions, hardware and command of this process."""
     found: dict[str, str | int] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),  # where this machine keeps its Python tells nobody
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": _cpu_name(),
