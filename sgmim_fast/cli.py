@@ -114,7 +114,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from sgmim_fast.models.registry import create_model
     from sgmim_fast.train.arguments import load_config
-    from sgmim_fast.train.checkpoint import WEIGHTS, latest_checkpoint
+    from sgmim_fast.train.run_folder import WEIGHTS, latest_checkpoint
     from sgmim_fast.weights import load_weights, save_weights
 
     config = load_config(arguments.run / "config.json")
@@ -128,6 +128,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    from sgmim_fast.train.run_folder import latest_name
+
     began = time.perf_counter()
     if not (DEMO_SCENES / "metadata.jsonl").exists():
         print(f"1/4 rendering {arguments.count} scenes into {DEMO_SCENES}", flush=True)
@@ -137,7 +139,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     if finished:
         print(f"    {DEMO_RUN} holds a finished run; delete the folder to train again")
     else:
-        options = ["--resume"] if (DEMO_RUN / "checkpoints" / "latest").exists() else []
+        options = ["--resume"] if latest_name(DEMO_RUN) else []
         options += ["--train.max-steps", str(arguments.steps)] if arguments.steps else []
         status = _pretrain(["--num-gpus", "2", "--recipe", "demo", "--data", str(DEMO_SCENES), *options])
         if status:

@@ -237,10 +237,10 @@ def standardize(maps: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return (maps - mean.view(shape)) / (variance.view(shape) + 1e-6).sqrt()
 
 
-def local_normalize(picture: Tensor, window: int) -> Tensor:
-    """Each pixel minus the mean, over the deviation, of the window around it; padding is not counted.
+def local_statistics(picture: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the window around each pixel of (B, C, H, W); padding is not counted.
 
-    Source: SimMIM's target for Swin V2 (window 47).
+    The variance is unbiased and at least 0; the deviation is sqrt(variance + 1e-6).
     """
 
     def pool(x: Tensor) -> Tensor:
@@ -250,7 +250,13 @@ def local_normalize(picture: Tensor, window: int) -> Tensor:
     ones = torch.ones_like(picture[:1, :1])
     count = F.avg_pool2d(ones, window, stride=1, padding=window // 2, count_include_pad=True) * window**2
     variance = (pool(picture**2) - mean**2) * (count / (count - 1))
-    return (picture - mean) / (variance.clamp(min=0) + 1e-6).sqrt()
+    return mean, (variance.clamp(min=0) + 1e-6).sqrt()
+
+
+def local_normalize(picture: Tensor, window: int) -> Tensor:
+    """Each pixel less its window's mean, over the deviation. Source: SimMIM's target for Swin V2 (window 47)."""
+    mean, deviation = local_statistics(picture, window)
+    return (picture - mean) / deviation
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -130,14 +129,8 @@ def _strips(model: SGMIM, image: Tensor, structure: Tensor | None, mask: Tensor)
 
 def local_denormalize(prediction: Tensor, image: Tensor, window: int) -> Tensor:
     """Undo ``reference.local_normalize`` with the true image's own local mean and deviation, all (B, 3, H, W)."""
-
-    def pool(x: Tensor, count_padding: bool = False) -> Tensor:
-        return F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=count_padding)
-
-    count = pool(torch.ones_like(image[:1, :1]), count_padding=True) * window**2
-    mean = pool(image)
-    variance = (pool(image**2) - mean**2) * (count / (count - 1))
-    return prediction * (variance.clamp(min=0) + 1e-6).sqrt() + mean
+    mean, deviation = reference.local_statistics(image, window)
+    return prediction * deviation + mean
 
 
 def _display(image: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from sgmim_fast.config import PretrainConfig
 from sgmim_fast.errors import UserError
 from sgmim_fast.train.arguments import load_config
+from sgmim_fast.train.run_folder import LATEST, WEIGHTS, checkpoints, latest_name
 
 Row = dict[str, float | None]
 METRICS = (
@@ -73,8 +74,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is not a run: it {what}; give the folder that pre-training wrote (its --output)")
     settings = load_config(path)
     rows, notes = _read_metrics(folder / "metrics.jsonl")
-    checkpoints = _list_checkpoints(folder / "checkpoints")
-    weights, notice = _choose_weights(folder / "checkpoints", checkpoints)
+    found = _list_checkpoints(folder)
+    weights, notice = _choose_weights(folder, found)
     environment = folder / "environment.json"
     return Run(
         folder=folder,
@@ -83,7 +84,7 @@ def read_run(folder: Path) -> Run:
         environment=_read_object(environment) if environment.is_file() else {},
         rows=rows,
         notes=notes,
-        checkpoints=checkpoints,
+        checkpoints=found,
         weights=weights,
         weights_notice=notice,
     )
@@ -148,28 +149,24 @@ def _number(value: Any) -> float | None:
     return float(value) if abs(value) < float("inf") else None
 
 
-def _list_checkpoints(folder: Path) -> tuple[Checkpoint, ...]:
+def _list_checkpoints(run: Path) -> tuple[Checkpoint, ...]:
+    folder = checkpoints(run)
     if not folder.is_dir():
         return ()
-    latest = _latest_name(folder)
+    latest = latest_name(run)
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name.startswith("step_"):
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append(Checkpoint(path.name, size, (path / "model.safetensors").is_file(), path.name == latest))
+            found.append(Checkpoint(path.name, size, (path / WEIGHTS).is_file(), path.name == latest))
     return tuple(found)
 
 
-def _latest_name(folder: Path) -> str:
-    pointer = folder / "latest"
-    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
-
-
-def _choose_weights(folder: Path, checkpoints: tuple[Checkpoint, ...]) -> tuple[Path | None, str]:
-    for checkpoint in checkpoints:
+def _choose_weights(run: Path, found: tuple[Checkpoint, ...]) -> tuple[Path | None, str]:
+    for checkpoint in found:
         if checkpoint.latest and checkpoint.complete:
-            return folder / checkpoint.name / "model.safetensors", ""
-    name = _latest_name(folder)
+            return checkpoints(run) / checkpoint.name / WEIGHTS, ""
+    name = latest_name(run)
     if not name:
         return None, "This run has not written a checkpoint yet."
-    return None, f"checkpoints/latest names {name}, which holds no model.safetensors."
+    return None, f"checkpoints/{LATEST} names {name}, which holds no {WEIGHTS}."

@@ -19,11 +19,8 @@ from torch import distributed
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.train.ranks import is_lost_peer
+from sgmim_fast.train.run_folder import LATEST, STATE, WEIGHTS, checkpoints, latest_checkpoint
 from sgmim_fast.weights import save_weights
-
-LATEST = "latest"
-STATE = "state.json"
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,30 +41,13 @@ class Position:
     """Fields of ``ModelConfig``."""
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None if it has none.
-
-    Raises:
-        UserError: if ``latest`` names a folder that is not there.
-    """
-    pointer = run / "checkpoints" / LATEST
-    if not pointer.is_file():
-        return None
-    folder = pointer.parent / pointer.read_text().strip()
-    if not (folder / STATE).is_file():
-        raise UserError(
-            f"{pointer} names {folder.name}, which is missing or damaged; write another checkpoint's name into it"
-        )
-    return folder
-
-
 def save_checkpoint(engine: deepspeed.DeepSpeedEngine, model: SGMIM, run: Path, position: Position) -> Path:
     """Write a checkpoint; every rank calls it. Returns the folder.
 
     Raises:
         UserError: on rank 0, if the disk is full or not writable; earlier checkpoints stay intact.
     """
-    root = run / "checkpoints"
+    root = checkpoints(run)
     name = f"step_{position.step:06d}"
     temporary, final = root / f".incomplete-{name}", root / name
     chief = distributed.get_rank() == 0

@@ -19,11 +19,12 @@ from sgmim_fast.data.torch_loader import TorchLoader, build_torch_loader
 from sgmim_fast.errors import UserError
 from sgmim_fast.tasks.pretrain import PretrainTask
 from sgmim_fast.train.arguments import config_to_json
-from sgmim_fast.train.checkpoint import Position, latest_checkpoint, load_checkpoint, save_checkpoint
+from sgmim_fast.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from sgmim_fast.train.environment import describe_environment
 from sgmim_fast.train.metrics import LossWindow, Reporter, Stopwatch, as_float, peak_memory_bytes
 from sgmim_fast.train.optim import build_optimizer, learning_rate
 from sgmim_fast.train.ranks import joined_ranks
+from sgmim_fast.train.run_folder import latest_checkpoint
 
 
 def pretrain(config: PretrainConfig, recipe: str) -> Path:

@@ -44,7 +44,7 @@ def _join() -> torch.device:
     """NCCL on GPUs, gloo on CPUs."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls torch's collectives by names that torch has begun to rename.
-    warnings.filterwarnings("ignore", message=r".*_into_tensor. is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # Only inference uses this op; building it would need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
