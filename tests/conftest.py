@@ -7,11 +7,6 @@ import pytest
 import torch
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests run side by side in several processes; threads in each would only fight for the cores."""

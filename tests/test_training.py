@@ -243,6 +243,13 @@ def test_a_finished_run_is_not_overwritten(two_ranks: Path, pairs: Path) -> None
     refuse(arguments(pairs, two_ranks), "already holds a run; continue it with --resume")
 
 
+def test_resuming_a_finished_run_changes_nothing(two_ranks: Path, pairs: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in two_ranks.rglob("*") if path.is_file()}
+    out = succeed(train(2, [*arguments(pairs, two_ranks), "--resume"]))
+    assert "has done all 6 steps" in out
+    assert {path: path.stat().st_mtime_ns for path in two_ranks.rglob("*") if path.is_file()} == before
+
+
 def test_resume_without_a_checkpoint(pairs: Path, tmp_path: Path) -> None:
     refuse([*arguments(pairs, tmp_path / "none"), "--resume"], "has no checkpoint")
 

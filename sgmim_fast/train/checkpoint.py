@@ -60,25 +60,32 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, model: SGMIM, run: Path, 
         if chief:
             _save_full(weights, model, temporary / WEIGHTS)
             (temporary / STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
-            _flush(temporary)
+            _make_durable(*temporary.iterdir(), temporary)
         distributed.barrier()
         if chief:
             shutil.rmtree(final, ignore_errors=True)  # left by a save that died before `latest` named it
             os.rename(temporary, final)
             pointer = root / (LATEST + ".new")
             pointer.write_text(name + "\n")
+            _make_durable(pointer, root)
             os.replace(pointer, root / LATEST)
-            _flush(root)
+            _make_durable(root)
         distributed.barrier()
     except (OSError, RuntimeError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_lost_peer(error):
+        if is_lost_peer(error) or not _is_write_failure(error):
             raise
         kept = latest_checkpoint(run)
         intact = "no earlier checkpoint exists" if kept is None else f"{kept} is intact; continue with --resume"
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot write checkpoint {final}: {reason}; free space there. {intact}") from error
     return final
+
+
+def _is_write_failure(error: Exception) -> bool:
+    """torch.save reports a full disk as a bare RuntimeError of its archive writer; others are programming mistakes."""
+    signs = ("inline_container", "PytorchStreamWriter", "write()")
+    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, expected: Position) -> int:
@@ -130,9 +137,9 @@ def _save_full(weights: dict[str, torch.Tensor], model: SGMIM, path: Path) -> No
     save_weights(twin, path, layout="simmim" if model.config.guidance == "none" else "sgmim")
 
 
-def _flush(folder: Path) -> None:
-    """Make a folder's files and names durable."""
-    for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+def _make_durable(*paths: Path) -> None:
+    """Wait until files, and the names in folders, have reached the disk."""
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -48,10 +48,12 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
             pin_memory=device.type == "cuda",
         ) as loader:
             total = _last_step(config, loader)
-            if start >= total:
-                raise UserError(
-                    f"{checkpoint} has done all {total} steps; raise --schedule.epochs or --train.max-steps to go on"
-                )
+            if start >= total:  # no error: a job that is queued again after its last step has nothing left to do
+                if trainer.rank == 0:
+                    print(
+                        f"{checkpoint} has done all {total} steps; --schedule.epochs or --train.max-steps ends it later"
+                    )
+                return run
             if trainer.rank == 0:
                 if start == 0:
                     _set_aside(run)
