@@ -3,6 +3,10 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The oldest PyTorch and Triton that are supported have an environment of their own.
+OLD_VENV := .venv-triton-3.6
+OLD_STAMP := $(OLD_VENV)/.installed
+OLD_PINS := constraints-triton-3.6.txt
 LINKS := build/mypy
 SOURCES := $(wildcard sgmim_fast kernels tests benchmarks setup.py)
 # pip draws progress bars on a terminal and stays quiet in a log.
@@ -11,16 +15,19 @@ fail = { echo "error: $(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo check test clean distclean force
+.PHONY: help setup demo check test test-triton-3.6 gpu-check clean distclean force
 
 help:
 	@echo "make setup      install everything into .venv (a few minutes, about 6 GB); again only when out of date"
 	@echo "make demo       make a small data set, pre-train on it and write a report, on any machine"
 	@echo "make check      lint, format, types and import direction"
 	@echo "make test       run the tests"
+	@echo "make gpu-check  test and time the kernels on a GPU, in under nine minutes; RESULTS=DIR takes the figures,"
+	@echo "                and with PYTHON=... nothing is set up: PyTorch, timm, pytest and hypothesis are enough"
+	@echo "make test-triton-3.6  run the kernels' tests with the oldest supported PyTorch and Triton, in $(OLD_VENV)"
 	@echo "make clean      remove build outputs, caches and what the demo wrote"
-	@echo "make distclean  clean, and remove .venv as well"
-	@echo "PYTHON=/path/to/python chooses the Python (3.11 or newer) that setup uses."
+	@echo "make distclean  clean, and remove the environments as well"
+	@echo "PYTHON=/path/to/python chooses the Python (3.11 or newer) that an environment is made with."
 
 setup: $(STAMP)
 
@@ -66,9 +73,27 @@ check: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --maxprocesses 8 --dist loadfile
 
+# Tests and benchmarks of kernels need no installation: importing the package benchmarks makes the kernels importable.
+KERNEL_TESTS = $(shell grep -l kernel_cases tests/test_*.py) tests/test_ahead_of_time.py
+
+$(OLD_STAMP): $(OLD_PINS) $(if $(PYTHON),,| $(STAMP))
+	@echo "installing PyTorch and Triton of $(OLD_PINS) into $(OLD_VENV): about 5 GB"
+	@$(or $(PYTHON),$(BIN)/python) -m venv --clear $(OLD_VENV)
+	@$(OLD_VENV)/bin/python -m pip install $(QUIET) --disable-pip-version-check -c $(OLD_PINS) \
+	torch triton numpy pytest pytest-xdist hypothesis || \
+	$(call fail,pip could not install the packages for the reason above; check the network and the disk space)
+	@touch $@
+
+test-triton-3.6: $(OLD_STAMP)
+	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -p benchmarks -n $$(nproc) --maxprocesses 8 --dist loadfile \
+	$(KERNEL_TESTS)
+
+gpu-check: $(if $(PYTHON),,$(STAMP))
+	@$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(RESULTS:%=--results %)
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo scenes/demo
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLD_VENV)

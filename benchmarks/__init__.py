@@ -1,1 +1,13 @@
-"""Speed and memory, measured and recorded. Needs torch, triton, numpy and timm alone."""
+"""Speed and memory, measured and recorded. Needs torch, triton, numpy and timm alone, and no installation.
+
+Importing this package makes ``sgmim_fast.kernels`` importable from a checkout in which nothing is installed, where
+otherwise only ``setup.py`` knows that its folder is named ``kernels``.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import sgmim_fast
+
+if find_spec("sgmim_fast.kernels") is None:
+    sgmim_fast.__path__.append(str(Path(__file__).parents[1]))

@@ -1,33 +1,40 @@
 """Time and memory of one training step (forward and backward), implementation against implementation.
 
     python -m benchmarks.train_step --model sgmim_swin_base --batch 8 --backends reference torch
+    python -m benchmarks.train_step --precision bf16 --batch 128 --backends reference torch+compile triton+compile
 
 Steps of all implementations alternate on the same weights and inputs, so that whatever else the machine does falls
-on all alike; memory peaks are taken in a process for each. Every row goes to
-``benchmarks/results/train_step.jsonl`` with the environment it was measured in and the deviation of its loss and
-gradients from the first backend's.
+on all alike. Every row goes to ``benchmarks/results/train_step.jsonl`` with the environment it was measured in and the
+deviation of its loss and gradients from the first implementation's.
 """
 
 import argparse
 import ast
-import json
+import copy
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from sgmim_fast.errors import one_line_errors
-from sgmim_fast.masking import STREAM_MASK, draw_cell_mask, mask_indices, sample_rng
+from benchmarks import harness
+from sgmim_fast.attention import ATTENTIONS
+from sgmim_fast.errors import UserError, first_line, one_line_errors
+from sgmim_fast.masking import STREAM_MASK, draw_cell_mask, mask_indices, masked_cell_count, sample_rng
 from sgmim_fast.models.registry import create_model
-from sgmim_fast.train.environment import describe_environment
+from sgmim_fast.models.sgmim import SGMIM
 
-RESULTS = Path(__file__).parent / "results" / "train_step.jsonl"
+RESULTS = harness.RESULTS / "train_step.jsonl"
+PRECISIONS = ("fp32", "bf16", "autocast")
+RATIO = 0.6
+WARM_UP = 3  # steps
+Batch = tuple[torch.Tensor, ...]
 
 
 def main() -> None:
@@ -35,159 +42,246 @@ def main() -> None:
     parser.add_argument("--model", default="sgmim_swin_base", help="a name of sgmim_fast.config.MODELS")
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of ModelConfig")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
-    parser.add_argument("--backends", nargs="+", default=["reference", "torch"], help="the first is the yardstick")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["reference", "torch"],
+        metavar="BACKEND[+sdpa][+compile]",
+        help="the first is the yardstick",
+    )
     parser.add_argument("--steps", type=int, default=11, help="timed steps of each")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="bf16: of the weights as well; autocast: to bf16"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     parser.add_argument("--memory-of", metavar="BACKEND", help=argparse.SUPPRESS)  # a child process
     options = parser.parse_args()
     with one_line_errors():
         if options.memory_of:
-            print(step_memory(options))
+            print(peak_of_host(options))
         else:
-            compare(options)
+            raise SystemExit(compare(options))
 
 
-def compare(options: argparse.Namespace) -> None:
-    """Measure every backend; write and print a row for each."""
-    timed = time_steps(options)
-    memory = {}
-    for backend in options.backends:
-        child = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--memory-of", backend]
-        memory[backend] = int(subprocess.run(child, check=True, stdout=subprocess.PIPE).stdout)
-    environment = describe_environment(torch.device(options.device), 1)
-    first = timed[options.backends[0]]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a") as file:
-        for backend, found in timed.items():
-            times = percentiles(found["seconds"])
-            row = {
-                "benchmark": "train_step",
-                "model": options.model,
-                "override": options.override,
-                "batch": options.batch,
-                "device": options.device,
-                "threads": torch.get_num_threads(),
-                "precision": "fp32",
-                "backend": backend,
-                "steps": options.steps,
-                **times,
-                # Step by step against the yardstick's neighbour: slow spells of the machine cancel out.
-                "p50_time_ratio": median([a / b for a, b in zip(found["seconds"], first["seconds"], strict=True)]),
-                "images_per_second": options.batch / times["p50_seconds"],
-                "activation_bytes": found["activation_bytes"],
-                "step_memory_bytes": memory[backend],
-                "loss_deviation": abs(found["loss"] - first["loss"]) / abs(first["loss"]),
-                "gradient_norm_deviation": abs(found["grad_norm"] - first["grad_norm"]) / first["grad_norm"],
-                "environment": environment,
-            }
-            file.write(json.dumps(row) + "\n")
-            print(
-                f"{options.model} {backend:>9}: {row['p50_seconds']:.3f} s a step of {options.batch} "
-                f"({row['images_per_second']:.2f} images/s, x{row['p50_time_ratio']:.3f}), "
-                f"{row['activation_bytes'] / 1e6:.0f} MB of activations, peak {row['step_memory_bytes'] / 1e9:.2f} GB, "
-                f"gradient norm off by {row['gradient_norm_deviation']:.1e}"
-            )
+@dataclass(frozen=True)
+class Variant:
+    """One implementation of the step."""
+
+    name: str
+    backend: str
+    attention: str
+    compiled: bool
+
+    @classmethod
+    def parse(cls, name: str) -> "Variant":
+        backend, *more = name.split("+")
+        attention = next((word for word in more if word in ATTENTIONS), "auto")
+        if unknown := [word for word in more if word not in (*ATTENTIONS, "compile")]:
+            raise UserError(f"{unknown[0]!r} in {name!r} is unknown; add +compile, +sdpa or +xformers to a backend")
+        return cls(name, backend, attention, "compile" in more)
 
 
-def time_steps(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Seconds of each step, activation bytes, loss and gradient norm, of every backend in turns."""
+def compare(options: argparse.Namespace) -> int:
+    """Measure every implementation; write and print a row for each. 1 if one of them fails."""
     device = torch.device(options.device)
-    model, step = build(options)
-    found: dict[str, dict[str, Any]] = {backend: {"seconds": []} for backend in options.backends}
-    for backend, results in found.items():  # counted and warmed up
-        model.set_backend(backend)
-        results["activation_bytes"] = activation_bytes(model, step)
+    rows = harness.Rows(options.output, device)
+    flops = model_flops(options)
+    ceilings = harness.measure_ceilings(device) if device.type == "cuda" else None
+    found, failed = measure(options, device)
+    first = next(iter(found.values()))
+    for name, results in found.items():
+        variant = Variant.parse(name)
+        p20, p50, p80 = harness.percentiles(results["seconds"])
+        row = {
+            "benchmark": "train_step",
+            "model": options.model,
+            "override": options.override,
+            "batch": options.batch,
+            "device": options.device,
+            "threads": torch.get_num_threads(),
+            "precision": options.precision,
+            "backend": variant.backend,
+            "attention": variant.attention,
+            "compiled": variant.compiled,
+            "steps": options.steps,
+            "p20_seconds": p20,
+            "p50_seconds": p50,
+            "p80_seconds": p80,
+            # Step by step against the yardstick's neighbour: slow spells of the machine cancel out.
+            "p50_time_ratio": median([a / b for a, b in zip(results["seconds"], first["seconds"], strict=True)]),
+            "images_per_second": options.batch / p50,
+            "activation_bytes": results["activation_bytes"],
+            "step_memory_bytes": results["step_memory_bytes"],
+            "loss_deviation": abs(results["loss"] - first["loss"]) / abs(first["loss"]),
+            "gradient_norm_deviation": abs(results["grad_norm"] - first["grad_norm"]) / first["grad_norm"],
+            "model_flops": flops,
+        }
+        if ceilings:
+            row |= {"ceilings": ceilings.row(), "share_of_matrix": flops / p50 / ceilings.matrix}
+        rows.append(row)
+        print(
+            f"{options.model} {options.precision} {name:>9}: {p50:.3f} s a step of {options.batch} "
+            f"({row['images_per_second']:.2f} images/s, x{row['p50_time_ratio']:.3f}), "
+            f"{row['activation_bytes'] / 1e6:.0f} MB of activations, peak {row['step_memory_bytes'] / 1e9:.2f} GB, "
+            f"gradient norm off by {row['gradient_norm_deviation']:.1e}"
+            + (f", {row['share_of_matrix']:.0%} of the matrix rate" if ceilings else "")
+        )
+    return int(failed)
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Seconds of each step, bytes, loss and gradient norm, of every implementation in turns; whether one failed."""
+    model, inputs = build(options, device)
+    runners = {}
+    found: dict[str, dict[str, Any]] = {}
+    failed = False
+    for name in options.backends:
+        runner = Runner(model, inputs, Variant.parse(name), options.precision)
+        try:
+            runner.warm_up()
+            activations = runner.activation_bytes()
+            memory = peak_of_gpu(runner) if device.type == "cuda" else peak_in_child(name)
+        except UserError:
+            raise
+        except Exception as error:
+            if not runners:  # without a yardstick there is nothing to tell
+                raise
+            print(f"{options.model} {name}: failed: {type(error).__name__}: {first_line(error)}", flush=True)
+            failed = True
+            continue
+        runners[name] = runner
+        found[name] = {"seconds": [], "activation_bytes": activations, "step_memory_bytes": memory}
     for _ in range(options.steps):
-        for backend, results in found.items():
-            model.set_backend(backend)
-            model.zero_grad(set_to_none=False)
+        for name, runner in runners.items():
+            runner.clear()
             synchronize(device)
             start = time.perf_counter()
-            loss = step()
+            loss = runner.step()
             synchronize(device)
-            results["seconds"].append(time.perf_counter() - start)
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            results |= {"loss": loss.item(), "grad_norm": torch.nn.utils.get_total_norm(gradients).item()}
-    return found
+            found[name]["seconds"].append(time.perf_counter() - start)
+            norm = torch.nn.utils.get_total_norm(runner.gradients())
+            found[name] |= {"loss": loss.item(), "grad_norm": norm.item()}
+    return found, failed
 
 
-def activation_bytes(model: torch.nn.Module, step: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the tensors that forward keeps for backward, each storage once, weights not counted."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+class Runner:
+    """Runs steps of one implementation on weights of its own, equal to ``model``'s."""
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self, model: SGMIM, inputs: Batch, variant: Variant, precision: str) -> None:
+        self.model, self.inputs, self.autocast = copy.deepcopy(model), inputs, precision == "autocast"
+        self.model.set_backend(variant.backend)  # type: ignore[arg-type]
+        self.model.set_attention(variant.attention)  # type: ignore[arg-type]
+        self.run = torch.compile(self.model, dynamic=False) if variant.compiled else self.model
+        self.device = inputs[0].device
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step()
-    return sum(kept.values())
+    def forward(self) -> torch.Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            return self.run(*self.inputs).loss
+
+    def step(self) -> torch.Tensor:
+        loss = self.forward()
+        loss.backward()
+        return loss.detach()
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=False)
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+    def warm_up(self) -> None:
+        for _ in range(WARM_UP if self.device.type == "cuda" else 1):
+            self.step()
+        synchronize(self.device)
+
+    def activation_bytes(self) -> int:
+        """Bytes that forward keeps for backward, weights not counted."""
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.device)
+            loss = self.forward()
+            kept = torch.cuda.memory_allocated(self.device) - before
+            loss.backward()
+            return kept
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.step()
+        return sum(sizes.values())
 
 
-def step_memory(options: argparse.Namespace) -> int:
-    """Peak bytes that steps of one backend need beyond weights, gradients and inputs."""
-    device = torch.device(options.device)
-    model, step = build(options)
-    model.set_backend(options.memory_of)
-    before = resident(device)
-    for _ in range(3):
-        model.zero_grad(set_to_none=False)
-        step()
-    return peak(device) - before
-
-
-def build(options: argparse.Namespace) -> tuple[Any, Callable[[], torch.Tensor]]:
-    """The model with its gradients allocated, and a function that runs forward and backward."""
-    device = torch.device(options.device)
-    fields = {name: ast.literal_eval(value) for name, value in (word.split("=", 1) for word in options.override)}
+def build(options: argparse.Namespace, device: torch.device) -> tuple[SGMIM, Batch]:
+    """The model, and a batch as a loader gives it."""
     torch.manual_seed(0)
-    model = create_model(options.model, **{"drop_path_rate": 0.0, **fields}).to(device)
+    model = create(options).to(device)
     config = model.config
     image = torch.randn(options.batch, 3, *config.hw, device=device)
     structure = torch.randn(options.batch, config.structure_channels, *config.hw, device=device)
     rngs = [sample_rng(0, 0, index, STREAM_MASK) for index in range(options.batch)]
-    mask = torch.stack([torch.from_numpy(draw_cell_mask(rng, config.grid, 0.6)) for rng in rngs])
+    mask = torch.stack([torch.from_numpy(draw_cell_mask(rng, config.grid, RATIO)) for rng in rngs])
     masked, visible = (index.to(device) for index in mask_indices(mask))
-    mask = mask.to(device)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    return model, (image, structure, mask.to(device), masked, visible)
 
-    def step() -> torch.Tensor:
-        loss = model(image, structure, mask, masked, visible).loss
-        loss.backward()
-        return loss.detach()
 
-    return model, step
+def create(options: argparse.Namespace) -> SGMIM:
+    fields = {name: ast.literal_eval(value) for name, value in (word.split("=", 1) for word in options.override)}
+    model = create_model(options.model, **{"drop_path_rate": 0.0, **fields})
+    return model.to(torch.bfloat16) if options.precision == "bf16" else model
+
+
+def model_flops(options: argparse.Namespace) -> int:
+    """Floating-point operations of a step's matrix products, without what no loss sees; counted on one pair."""
+    with torch.device("meta"):
+        model = create(options)
+        config = model.config
+        cells = config.grid[0] * config.grid[1]
+        masked = masked_cell_count(cells, RATIO)
+        image = torch.empty(1, 3, *config.hw)
+        structure = torch.empty(1, config.structure_channels, *config.hw)
+        mask = torch.empty(1, *config.grid, dtype=torch.bool)
+        shown = [torch.empty(1, count, dtype=torch.int32) for count in (masked, cells - masked)]
+    model.set_backend("torch")
+    with FlopCounterMode(display=False) as counter:
+        model(image, structure, mask, *shown).loss.backward()
+    return counter.get_total_flops() * options.batch
+
+
+# -- memory
+
+
+def peak_of_gpu(runner: Runner) -> int:
+    """Most bytes that a step needs beyond weights, gradients and inputs."""
+    runner.clear()
+    return harness.peak_bytes(runner.step)
+
+
+def peak_in_child(name: str) -> int:
+    """Likewise on the host, where the peak of a process never falls: a process for each."""
+    child = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--memory-of", name]
+    return int(subprocess.run(child, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def peak_of_host(options: argparse.Namespace) -> int:
+    runner = Runner(*build(options, torch.device("cpu")), Variant.parse(options.memory_of), options.precision)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    for _ in range(3):
+        runner.clear()
+        runner.step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def resident(device: torch.device) -> int:
-    """Bytes in use now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def peak(device: torch.device) -> int:
-    """Most bytes in use so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    """20th, 50th and 80th percentile."""
-    values = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    return {f"p{name}_seconds": value for name, value in zip((20, 50, 80), values.tolist(), strict=True)}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ name says steps. Sources: SG-MIM (arXiv 2409.02513), SimMIM (2111.09886), Swin V
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sgmim_fast.errors import UserError
 from sgmim_fast.masking import CELL, masked_cell_count
@@ -14,6 +14,9 @@ from sgmim_fast.masking import CELL, masked_cell_count
 Encoder = Literal["swin", "swinv2", "vit"]
 Guidance = Literal["relational", "relational-visible", "none"]
 Backend = Literal["auto", "reference", "torch", "triton"]
+Attention = Literal["auto", "sdpa", "xformers"]
+Norm = Literal["torch", "apex"]
+OptimizerName = Literal["adamw", "apex", "deepspeed"]
 GUIDANCE_HEADS = 8  # fixed by the method
 
 
@@ -187,6 +190,8 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW, with learning rates as for a total batch of 512."""
 
+    implementation: OptimizerName = "adamw"
+    """Whose AdamW: PyTorch's fused "adamw", or the FusedAdam of NVIDIA "apex" or "deepspeed", which need CUDA."""
     lr: float = 1e-4
     """Peak learning rate for 512 images a step; the real one scales with the total batch."""
     weight_decay: float = 0.05
@@ -199,6 +204,7 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm."""
 
     def __post_init__(self) -> None:
+        _one_of("optimizer.implementation", self.implementation, get_args(OptimizerName))
         _require(self.lr > 0, f"optimizer.lr {self.lr} must be positive")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay {self.weight_decay} must be 0 or more")
         _require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas {self.betas} must be in [0, 1)")
@@ -247,6 +253,12 @@ class TrainConfig:
     """DeepSpeed ZeRO stage; bf16 needs 1 or more."""
     backend: Backend = "auto"
     """Implementation of the method: the plain "reference", "torch", "triton", or "auto" by device."""
+    attention: Attention = "auto"
+    """The backend's own ("auto"), PyTorch's scaled_dot_product_attention ("sdpa") or "xformers" (CUDA)."""
+    norm: Norm = "torch"
+    """LayerNorm of PyTorch ("torch") or NVIDIA's "apex" FusedLayerNorm (CUDA)."""
+    compile: bool = False
+    """Compile the whole step with torch.compile, which takes its time first; drop path then draws other numbers."""
     seed: int = 0
     """Decides initial weights, sample order, crops and masks."""
     max_steps: int | None = None
@@ -258,7 +270,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, ("fp32", "bf16"))
-        _one_of("train.backend", self.backend, ("auto", "reference", "torch", "triton"))
+        _one_of("train.backend", self.backend, get_args(Backend))
+        _one_of("train.attention", self.attention, get_args(Attention))
+        _one_of("train.norm", self.norm, get_args(Norm))
         for name in ("batch_size", "accumulation_steps", "log_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} must be 1 or more")
         _require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps {self.max_steps} must be 1 or more")
@@ -268,6 +282,25 @@ class TrainConfig:
             self.precision != "bf16" or self.zero_stage >= 1,
             "train.precision bf16 needs train.zero_stage 1 or more: DeepSpeed's stage 0 takes a wrong first Adam "
             "step in bf16",
+        )
+        _require(
+            self.attention == "auto" or self.backend != "reference",
+            f'train.attention {self.attention} cannot replace what train.backend "reference" computes; choose backend '
+            '"torch" or "triton"',
+        )
+        _require(
+            not self.compile or self.zero_stage < 3,
+            "--compile cannot make one graph of train.zero_stage 3, where DeepSpeed fetches the weights of every module "
+            "in a hook of its own; use stage 2 or less, or leave --compile out",
+        )
+        _require(
+            not self.compile or self.attention != "xformers",
+            "train.attention xformers cannot be compiled in one piece; use sdpa, which has the same kernels, or leave "
+            "--compile out",
+        )
+        _require(
+            not self.compile or self.norm != "apex",
+            "train.norm apex cannot be compiled; use torch, whose norms the compiler fuses, or leave --compile out",
         )
 
 
@@ -288,6 +321,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         rows, columns = self.model.grid
         masked_cell_count(rows * columns, self.data.mask_ratio)
+        _require(
+            self.optimizer.implementation != "apex" or self.train.zero_stage < 3,
+            "optimizer.implementation apex counts one step for each piece that train.zero_stage 3 hands it; choose "
+            "adamw or deepspeed, or a lower stage",
+        )
 
 
 _ENCODERS: dict[str, dict[str, Any]] = {

@@ -31,6 +31,11 @@ class LostPeerError(UserError):
     """Another rank of the run has ended; its own message says why."""
 
 
+def first_line(error: BaseException) -> str:
+    """The error of somebody else's code, to be part of a line of ours."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn bad input, an unwritable place and Ctrl-C into one line and an exit status (2, 130)."""

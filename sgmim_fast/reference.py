@@ -8,13 +8,44 @@ N rows, L encoder tokens, T heads, D head size, S image side, s pixels of a toke
 """
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sgmim_fast.masking import CELL
+
+KEPT = 64  # constant tensors of each kind
+Made = TypeVar("Made", bound=Callable[..., Tensor])
+
+
+def _kept(make: Made) -> Made:
+    """Keep the tensors that ``make`` returns, by its arguments.
+
+    A compiler does not see this: it traces what ``make`` computes. Tensors of a trace, and of inference mode, would
+    be of no use to later callers and are not kept.
+    """
+    kept: dict[tuple[object, ...], Tensor] = {}
+
+    @wraps(make)
+    def get(*key: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return make(*key)
+        if key not in kept:
+            with torch.inference_mode(False):
+                made = make(*key)
+            if type(made) is not Tensor:
+                return made
+            if len(kept) == KEPT:
+                kept.pop(next(iter(kept)))
+            kept[key] = made
+        return kept[key]
+
+    return cast(Made, get)
+
 
 # ---------------------------------------------------------------------------------------------
 # Rows and cells
@@ -41,11 +72,45 @@ def gather_cells(x: Tensor, index: Tensor) -> Tensor:
     return cells[torch.arange(batch, device=x.device).unsqueeze(1), index // columns, index % columns]
 
 
+def embed_visible(
+    image: Tensor,
+    visible: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    mask_token: Tensor,
+) -> Tensor:
+    """Patch embedding of the visible cells alone; every other token is the mask token.
+
+    Args:
+        image: (B, C, H, W), cast to the dtype of the weights.
+        visible: (B, V) cell indices.
+        weight, bias: (E, C, p, p) and (E,) of the convolution, p dividing 32.
+        norm_weight, norm_bias: (E,) of the LayerNorm after it; None for none.
+        norm_eps: its epsilon.
+        mask_token: (E,).
+
+    Returns:
+        (B, H / p, W / p, E).
+    """
+    patch = weight.shape[-1]
+    rows, columns, side = image.shape[2] // CELL, image.shape[3] // CELL, CELL // patch
+    cells = gather_cells(image, visible).flatten(0, 1).to(weight.dtype)
+    x = F.conv2d(cells, weight, bias, stride=patch).permute(0, 2, 3, 1)
+    if norm_weight is not None:
+        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, norm_eps)
+    x = scatter_rows(x.reshape(*visible.shape, -1), visible, mask_token.repeat(side**2), rows * columns)
+    x = x.reshape(image.shape[0], rows, columns, side, side, -1).transpose(2, 3)
+    return x.reshape(image.shape[0], rows * side, columns * side, -1)
+
+
 # ---------------------------------------------------------------------------------------------
 # Attention
 
 
-@lru_cache(maxsize=64)
+@_kept
 def relative_position_index(height: int, width: int, class_token: bool, device: torch.device) -> Tensor:
     """Row of the bias table for each (query, key) pair of a window, (N, N) int64.
 
@@ -81,7 +146,7 @@ def _windows(x: Tensor, window: int) -> Tensor:
     return x.transpose(2, 3).reshape(batch, -1, window * window, *tail)
 
 
-@lru_cache(maxsize=64)
+@_kept
 def shifted_region_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
     """-100 between tokens that the cyclic shift brought into one window from different regions.
 

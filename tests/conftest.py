@@ -2,9 +2,14 @@
 
 import os
 import shutil
+from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is first imported: kernels then run on the CPU, one program after the other.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,3 +29,18 @@ def chromium() -> str:
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that kernels are given to write holds NaN first, so what they leave out shows."""
+
+    def poison(allocate: Any) -> Any:
+        def allocated(*args: Any, **options: Any) -> torch.Tensor:
+            tensor = allocate(*args, **options)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return allocated
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))

@@ -40,7 +40,8 @@ class CrossAttention(Dispatched):
             (k, null_k), (v, null_v) = (part.split((len(part) - 1, 1)) for part in (k, v))
             null_k, null_v = null_k[0], null_v[0]
         k, v = (part.unflatten(0, (len(x), -1)) for part in (k, v))
-        return self.proj(ops.guidance_attention(q, k, v, null_k, null_v, count, backend=self.backend))
+        choice = {"backend": self.backend, "attention": self.attention}
+        return self.proj(ops.guidance_attention(q, k, v, null_k, null_v, count, **choice))
 
 
 def _heads(x: Tensor) -> Tensor:

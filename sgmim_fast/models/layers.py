@@ -12,9 +12,10 @@ from sgmim_fast.masking import CELL
 
 
 class Dispatched(nn.Module):
-    """A module that runs an operation of ``ops``, with the backend that the model has chosen."""
+    """A module that runs an operation of ``ops``, with the backend and attention that the model has chosen."""
 
     backend: str = "auto"
+    attention: str = "auto"
 
 
 class Mlp(nn.Module):
@@ -45,15 +46,28 @@ class DropPath(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of (B, C, H, W) to channels-last tokens (B, H / p, W / p, E): convolution, then an optional norm."""
+    """Patches of (B, C, H, W) to channels-last tokens (B, H / p, W / p, E): convolution, then an optional norm.
+
+    It uses the parameters of both at once, so ZeRO-3 must treat it as a leaf.
+    """
 
     def __init__(self, channels: int, width: int, patch: int, norm_eps: float | None = 1e-5) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(width, eps=norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+    def forward(
+        self, x: Tensor, visible: Tensor | None = None, mask_token: Tensor | None = None, backend: str = "auto"
+    ) -> Tensor:
+        """All tokens; or those of the cells ``visible`` (B, V) alone, with ``mask_token`` (E,) elsewhere."""
+        if visible is None or mask_token is None:
+            return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        proj, norm = self.proj, None if isinstance(self.norm, nn.Identity) else self.norm
+        assert proj.bias is not None
+        norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+        return ops.embed_visible(
+            x, visible, proj.weight, proj.bias, norm_weight, norm_bias, eps, mask_token, backend=backend
+        )
 
 
 class QkvLinear(nn.Linear):
@@ -102,12 +116,11 @@ class MaskedEncoder(nn.Module):
             image: ImageNet-normalised RGB; cast to the dtype of the weights.
             mask: (B, Gh, Gw) bool, True where masked; None shows everything.
             visible: (B, V) int indices of the visible cells: embed those alone. Stands for ``mask``.
-            backend: implementation of the gathers.
+            backend: implementation of that.
         """
-        image = image.to(self.mask_token.dtype)
-        return self.encode(
-            self._embed(image, mask) if visible is None else self._embed_visible(image, visible, backend)
-        )
+        if visible is None:
+            return self.encode(self._embed(image.to(self.mask_token.dtype), mask))
+        return self.encode(self.patch_embed(image, visible, self.mask_token.view(-1), backend))
 
     def encode(self, x: Tensor) -> Tensor:
         """Embedded tokens (B, H / p, W / p, E) -> (B, L, C)."""
@@ -120,17 +133,6 @@ class MaskedEncoder(nn.Module):
             return x
         weight = reference.upsample_mask(mask, self.cell_side).unsqueeze(-1).to(x.dtype)
         return x * (1 - weight) + self.mask_token.view(-1) * weight
-
-    def _embed_visible(self, image: Tensor, visible: Tensor, backend: str) -> Tensor:
-        """Gathered path: embed the visible cells alone; the rest is the mask token. Same result as ``_embed``."""
-        batch, count = visible.shape
-        rows, columns = image.shape[2] // CELL, image.shape[3] // CELL
-        cells = ops.gather_cells(image, visible, backend=backend).flatten(0, 1)
-        values = self.patch_embed(cells).reshape(batch, count, -1)
-        fill = self.mask_token.view(-1).repeat(self.cell_side**2)
-        x = ops.scatter_rows(values, visible, fill, rows * columns, backend=backend)
-        x = x.reshape(batch, rows, columns, self.cell_side, self.cell_side, -1).transpose(2, 3)
-        return x.reshape(batch, rows * self.cell_side, columns * self.cell_side, -1)
 
 
 def init_trunc_normal(module: nn.Module, cut: float = 2.0) -> None:

@@ -3,17 +3,20 @@
 from dataclasses import fields, replace
 from typing import Any
 
-from sgmim_fast.config import MODELS, Backend, ModelConfig
+from sgmim_fast.config import MODELS, Attention, Backend, ModelConfig
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.sgmim import SGMIM
 
 
-def create_model(model: str | ModelConfig, backend: Backend = "auto", **overrides: Any) -> SGMIM:
+def create_model(
+    model: str | ModelConfig, backend: Backend = "auto", attention: Attention = "auto", **overrides: Any
+) -> SGMIM:
     """A freshly initialised pre-training model.
 
     Args:
         model: a name such as ``"sgmim_swin_base"`` (see ``sgmim_fast.config.MODELS``) or a configuration.
         backend: which implementation runs; see ``SGMIM.set_backend``.
+        attention: whose attention runs; see ``SGMIM.set_attention``.
         **overrides: fields of ``ModelConfig`` to change.
 
     Raises:
@@ -27,4 +30,4 @@ def create_model(model: str | ModelConfig, backend: Backend = "auto", **override
     unknown = sorted(overrides.keys() - set(known))
     if unknown:
         raise UserError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(known)}")
-    return SGMIM(replace(model, **overrides), backend)
+    return SGMIM(replace(model, **overrides), backend, attention)

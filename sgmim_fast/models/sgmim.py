@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgmim_fast import ops, reference
-from sgmim_fast.config import Backend, ModelConfig
+from sgmim_fast.attention import check_attention
+from sgmim_fast.config import Attention, Backend, ModelConfig
 from sgmim_fast.errors import UserError
 from sgmim_fast.masking import CELL, mask_indices
 from sgmim_fast.models.guidance import RelationalGuidance, token_index
@@ -45,7 +46,10 @@ class SGMIM(nn.Module):
     Build it with ``create_model``. Parameters carry the names of the authors' code.
     """
 
-    def __init__(self, config: ModelConfig, backend: Backend = "auto") -> None:
+    backend: Backend = "auto"
+    attention: Attention = "auto"
+
+    def __init__(self, config: ModelConfig, backend: Backend = "auto", attention: Attention = "auto") -> None:
         super().__init__()
         self.config = config
         self.encoder = ViTEncoder(config) if config.encoder == "vit" else SwinEncoder(config)
@@ -58,18 +62,30 @@ class SGMIM(nn.Module):
             self.img_decoder = nn.Sequential(PixelHead(width, 3 * pixels))
             self.dep_decoder = nn.Sequential(PixelHead(width, config.structure_channels * pixels))
         self.set_backend(backend)
+        self.set_attention(attention)
 
     def set_backend(self, backend: Backend) -> None:
         """Choose the implementation: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
 
         Raises:
-            UserError: if it is unknown or cannot run.
+            UserError: if it is unknown or cannot run, where the model is now and beside the attention chosen.
         """
-        ops.resolve_backend(backend, self.encoder.mask_token)
-        self.backend: Backend = backend
+        self._choose(backend, self.attention)
+
+    def set_attention(self, attention: Attention) -> None:
+        """Choose the attention: ``"auto"`` for the backend's own, ``"sdpa"`` or ``"xformers"`` in its place.
+
+        Raises:
+            UserError: if it is unknown or cannot run, where the model is now and beside the backend chosen.
+        """
+        self._choose(self.backend, attention)
+
+    def _choose(self, backend: Backend, attention: Attention) -> None:
+        token = self.encoder.mask_token
+        check_attention(attention, ops.resolve_backend(backend, token), token.device)
         for module in self.modules():
-            if isinstance(module, Dispatched):
-                module.backend = backend
+            if module is self or isinstance(module, Dispatched):
+                module.backend, module.attention = backend, attention
 
     @property
     def image_head(self) -> nn.Sequential:
@@ -110,7 +126,7 @@ class SGMIM(nn.Module):
         self._check_image(image, mask)
         self._check_structure(image, structure)
         if ops.resolve_backend(self.backend, image) == "reference":
-            return self._plain(image, structure, mask)
+            return self._plain(image, structure, mask, masked)
         if masked is None or visible is None:
             masked, visible = mask_indices(mask)
         return self._gathered(image, structure, mask, masked, visible)
@@ -128,19 +144,19 @@ class SGMIM(nn.Module):
 
     # -- plain path
 
-    def _plain(self, image: Tensor, structure: Tensor | None, mask: Tensor) -> PretrainOutput:
+    def _plain(self, image: Tensor, structure: Tensor | None, mask: Tensor, masked: Tensor | None) -> PretrainOutput:
         z = self.encoder(image, mask)
         image_loss = reference.pixel_l1(self._pixels(z, self.image_head), self._image_target(image), mask)
         if self.config.guidance == "none" or structure is None:
             return PretrainOutput(image_loss, image_loss, None)
-        prediction = self._pixels(self._guided(z, structure, mask), self.dep_decoder)
+        prediction = self._pixels(self._guided(z, structure, mask, masked), self.dep_decoder)
         return self._total(image_loss, reference.pixel_l1(prediction, structure, ~mask))
 
-    def _guided(self, z: Tensor, structure: Tensor, mask: Tensor) -> Tensor:
+    def _guided(self, z: Tensor, structure: Tensor, mask: Tensor, masked: Tensor | None = None) -> Tensor:
         s, _ = self.depth_encoder(structure.to(z.dtype), mask)
         shown = None
         if self.config.guidance == "relational-visible":
-            shown = self._token_index(mask_indices(mask)[0])
+            shown = self._token_index(mask_indices(mask)[0] if masked is None else masked)
         return self.fusion_blk_img(z, s, context_index=shown, backend="reference")
 
     def _pixels(self, tokens: Tensor, head: nn.Sequential) -> Tensor:

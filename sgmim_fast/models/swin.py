@@ -50,7 +50,8 @@ class _WindowAttention(Dispatched):
             x = F.pad(x, (0, 0, 0, right, 0, down))
         qkv = self.project_qkv(x).unflatten(-1, (3, self.heads, channels // self.heads))
         table = self.bias_table().to(qkv.dtype)
-        out = ops.window_attention(qkv, table, self.window, self.shift, self.scale(), backend=self.backend)
+        choice = {"backend": self.backend, "attention": self.attention}
+        out = ops.window_attention(qkv, table, self.window, self.shift, self.scale(), **choice)
         return self.proj(out[:, :height, :width])
 
 

@@ -27,7 +27,8 @@ class Attention(Dispatched):
 
     def forward(self, x: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
         qkv = self.qkv(x, self.q_bias, self.v_bias).unflatten(-1, (3, self.heads, x.shape[-1] // self.heads))
-        return self.proj(ops.class_token_attention(qkv, table.to(qkv.dtype), grid, backend=self.backend))
+        choice = {"backend": self.backend, "attention": self.attention}
+        return self.proj(ops.class_token_attention(qkv, table.to(qkv.dtype), grid, **choice))
 
 
 class Block(nn.Module):

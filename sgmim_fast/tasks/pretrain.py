@@ -2,20 +2,40 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from sgmim_fast import ops
-from sgmim_fast.config import Backend, ModelConfig
+from sgmim_fast.config import Attention, Backend, ModelConfig, Norm
+from sgmim_fast.models.norms import use_norm
 from sgmim_fast.models.registry import create_model
 from sgmim_fast.models.sgmim import PretrainOutput
 
 
 class PretrainTask(nn.Module):
-    """Standardises the structure maps of a batch and runs the model on it."""
+    """Standardises the structure maps of a batch and runs the model on it.
 
-    def __init__(self, config: ModelConfig, backend: Backend = "auto") -> None:
+    Args:
+        config: the model.
+        backend: see ``SGMIM.set_backend``.
+        attention: see ``SGMIM.set_attention``.
+        norm: see ``use_norm``.
+        device: where the model runs, and where the choices above are checked; None leaves it where it was made.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend = "auto",
+        attention: Attention = "auto",
+        norm: Norm = "torch",
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
-        self.model = create_model(config, backend)
+        self.model = create_model(config).to(device)
+        self.model.set_backend(backend)
+        self.model.set_attention(attention)
+        use_norm(self.model, norm)
 
     def forward(self, batch: Mapping[str, Tensor]) -> PretrainOutput:
         """Losses of a loader's batch: ``image``, raw ``structure``, ``mask``, ``masked``, ``visible``."""

@@ -31,7 +31,10 @@ Start it with a launcher, one process a GPU (or, without GPUs, a CPU rank each):
 --recipe NAME   start from one of: {recipes}
 --config FILE   YAML with any of the options below, nested by their dots
 --data PATH     short for --data.path
+--compile       short for --train.compile
 """
+
+SHORT = {"--data": "--data.path", "--compile": "--train.compile", "--no-compile": "--train.no-compile"}
 
 
 def parse_config(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
@@ -48,7 +51,7 @@ def parse_config(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
     known, rest = outer.parse_known_args(list(argv))
     if known.recipe not in RECIPES:
         raise UserError(f"recipe {known.recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-    rest = [_expand_data(word) for word in rest]
+    rest = [_expand(word) for word in rest]
     if known.config is not None:
         rest = [*_flatten(_read_mapping(known.config)), *rest]
     return _parse(rest, RECIPES[known.recipe]()), known.recipe
@@ -110,8 +113,9 @@ def _option_names(config: Any, prefix: str = "--") -> list[str]:
     return names
 
 
-def _expand_data(word: str) -> str:
-    return "--data.path" + word[len("--data") :] if word == "--data" or word.startswith("--data=") else word
+def _expand(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return SHORT.get(name, name) + equals + value
 
 
 def _read_mapping(path: Path) -> Mapping[str, Any]:

@@ -39,6 +39,8 @@ class Position:
     """sha-256 of the list of pairs."""
     model: dict[str, Any]
     """Fields of ``ModelConfig``."""
+    optimizer: str = "adamw"
+    """Whose AdamW: each keeps its state in its own way."""
 
 
 def save_checkpoint(engine: deepspeed.DeepSpeedEngine, model: SGMIM, run: Path, position: Position) -> Path:
@@ -95,7 +97,7 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, expected: P
         UserError: if the checkpoint belongs to another model, data list or set-up than ``expected``.
     """
     found = read_position(folder)
-    for name in ("model", "world_size", "zero_stage", "precision", "samples_per_step", "seed", "manifest"):
+    for name in ("model", "world_size", "zero_stage", "precision", "samples_per_step", "seed", "manifest", "optimizer"):
         was, now = getattr(found, name), getattr(expected, name)
         if was != now:
             if name == "model":

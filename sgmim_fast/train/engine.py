@@ -20,10 +20,12 @@ from sgmim_fast.errors import UserError
 from sgmim_fast.tasks.pretrain import PretrainTask
 from sgmim_fast.train.arguments import config_to_json
 from sgmim_fast.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from sgmim_fast.train.choices import check_choices
+from sgmim_fast.train.compiling import compile_step
 from sgmim_fast.train.environment import describe_environment
 from sgmim_fast.train.metrics import LossWindow, Reporter, Stopwatch, as_float, peak_memory_bytes
 from sgmim_fast.train.optim import build_optimizer, learning_rate
-from sgmim_fast.train.ranks import joined_ranks
+from sgmim_fast.train.ranks import joined_ranks, own_device
 from sgmim_fast.train.run_folder import latest_checkpoint
 
 
@@ -34,6 +36,7 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
         UserError: for bad input; what the output folder holds already is left as it is.
     """
     run = Path(config.output)
+    check_choices(config, own_device())
     manifest = read_manifest(config.data.path, structure=config.model.guidance != "none")
     checkpoint = _starting_point(run, config.resume)
     with joined_ranks() as device:
@@ -118,12 +121,14 @@ class _Trainer:
         self.config, self.run, self.pairs, self.device = config, run, len(manifest), device
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         torch.manual_seed(config.train.seed)
-        self.task = PretrainTask(config.model, config.train.backend)
-        optimizer = build_optimizer(self.task, config.optimizer)
+        train = config.train
+        self.task = PretrainTask(config.model, train.backend, train.attention, train.norm, device)
+        optimizer = build_optimizer(self.task, config.optimizer, device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.task, optimizer=optimizer, config=deepspeed_config(config)
         )
-        train = config.train
+        if train.compile:
+            compile_step(self.task)
         self.position = Position(
             step=0,
             world_size=self.world_size,
@@ -133,6 +138,7 @@ class _Trainer:
             seed=train.seed,
             manifest=manifest.sha256,
             model=json.loads(json.dumps(asdict(config.model))),  # as state.json gives it back
+            optimizer=config.optimizer.implementation,
         )
 
     def summary(self, start: int, total: int) -> str:
@@ -142,7 +148,7 @@ class _Trainer:
         return (
             f"{model.encoder} encoder, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters; "
             f"{self.pairs} pairs, {self.position.samples_per_step} a step on {self.world_size} {self.device.type} "
-            f"rank(s), {train.precision}, ZeRO {train.zero_stage}; {total} steps"
+            f"rank(s), {train.precision}, ZeRO {train.zero_stage}{', compiled' if train.compile else ''}; {total} steps"
             + (f", from step {start}" if start else "")
         )
 

@@ -1,5 +1,7 @@
 """Parameter groups, optimizer and learning-rate schedule of pre-training (SimMIM's, arXiv 2111.09886)."""
 
+import contextlib
+import io
 import math
 from bisect import bisect_right
 from typing import Any
@@ -7,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgmim_fast.config import OptimizerConfig, ScheduleConfig
+from sgmim_fast import nvidia_apex
+from sgmim_fast.config import OptimizerConfig, OptimizerName, ScheduleConfig
+from sgmim_fast.errors import UserError, first_line
 
 NOT_DECAYED = (
     "relative_position_bias_table",
@@ -31,10 +35,74 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over ``parameter_groups``; its rate is set before every step, so the initial one is a placeholder."""
+def check_optimizer(implementation: OptimizerName, device: torch.device) -> None:
+    """Refuse an implementation that cannot step parameters on ``device``.
+
+    Raises:
+        UserError: with the reason and the remedy.
+    """
+    reason = None if implementation == "adamw" else _objection(implementation, device)
+    if reason is not None:
+        raise UserError(f'optimizer.implementation "{implementation}" cannot run here: {reason}; or choose "adamw"')
+
+
+def _objection(implementation: OptimizerName, device: torch.device) -> str | None:
+    on_cpu = None if device.type == "cuda" else f"its FusedAdam needs a GPU, this run is on the {device.type.upper()}"
+    if implementation == "deepspeed":
+        return on_cpu or _deepspeed_objection()
+    try:
+        fused_adam = nvidia_apex.load("optimizers", "FusedAdam")
+        if on_cpu is None:
+            fused_adam([nn.Parameter(torch.zeros(1))])  # it looks for its CUDA extensions when it is made
+    except Exception as error:
+        return first_line(error)
+    return on_cpu
+
+
+def _deepspeed_objection() -> str | None:
+    """Why DeepSpeed cannot build its FusedAdam on a GPU machine, without building it (which takes minutes)."""
+    try:
+        from deepspeed.git_version_info import installed_ops
+        from deepspeed.ops.op_builder.builder import assert_no_cuda_mismatch
+        from torch.utils.cpp_extension import verify_ninja_availability
+
+        if installed_ops.get("fused_adam"):
+            return None
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert_no_cuda_mismatch("fused_adam")
+        verify_ninja_availability()
+    except Exception as error:  # its own exceptions, and those of a DeepSpeed that cannot be imported
+        return f"DeepSpeed cannot build it ({first_line(error)}); install nvcc of PyTorch's CUDA version, and ninja"
+    return None
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over ``parameter_groups``; its rate is set before every step, so the initial one is a placeholder.
+
+    Args:
+        model: what is trained.
+        config: whose AdamW, and its constants.
+        device: where the steps are taken; the parameters may get there later.
+
+    Raises:
+        UserError: if the implementation cannot run there.
+    """
+    check_optimizer(config.implementation, device)
     groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps)
+    options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    if config.implementation == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)  # one kernel a step, on CPUs as on GPUs
+    if config.implementation == "apex":
+        fused_adam = nvidia_apex.load("optimizers", "FusedAdam")
+    else:
+        from deepspeed.ops.adam import FusedAdam as fused_adam
+    try:
+        optimizer: torch.optim.Optimizer = fused_adam(groups, adam_w_mode=True, **options)
+    except Exception as error:
+        raise UserError(
+            f'optimizer.implementation "{config.implementation}" failed to start: {first_line(error)}; choose "adamw"'
+        ) from error
+    return optimizer
 
 
 def learning_rate(

@@ -40,6 +40,13 @@ def is_lost_peer(error: Exception) -> bool:
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "by peer" in str(error))
 
 
+def own_device() -> torch.device:
+    """This rank's GPU, or the CPU where PyTorch sees no GPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
 def _join() -> torch.device:
     """NCCL on GPUs, gloo on CPUs."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -50,11 +57,12 @@ def _join() -> torch.device:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in alone.items():  # started without a launcher
         os.environ.setdefault(name, value)
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
+    device = own_device()
+    if device.type == "cuda":
+        backend = "nccl"
         torch.cuda.set_device(device)
     else:
-        device, backend = torch.device("cpu"), "gloo"
+        backend = "gloo"
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)

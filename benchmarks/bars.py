@@ -1,0 +1,146 @@
+"""What the rows of one run must show for the kernels to be fast enough, and the table that says whether they do."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+MEMORY_BOUND = (
+    "gather_rows",
+    "scatter_rows",
+    "gather_cells",
+    "embed_visible",
+    "masked_l1",
+    "standardize_structure",
+)
+SHORT = 20e-6  # seconds; below, what a launch costs decides
+LAUNCH_MARGIN = 3e-6
+SMALL_WINDOWS = (6, 7, 12)
+PEERS = ("plain", "compiled", "max-autotune", "sdpa", "flex")
+MAIN_MODEL = "sgmim_swin_base"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One demand and the worst that was measured for it."""
+
+    what: str
+    demand: str
+    measured: str
+    met: bool | None
+    """None where nothing was measured."""
+
+
+def bars(rows: Iterable[Row]) -> list[Bar]:
+    """All demands; those on kernels first."""
+    rows = list(rows)
+    kernels = [row for row in rows if row["benchmark"] == "kernels" and "p50_seconds" in row]
+    steps = [row for row in rows if row["benchmark"] == "train_step"]
+    return [*kernel_bars(kernels), *step_bars(steps)]
+
+
+def kernel_bars(rows: list[Row]) -> list[Bar]:
+    ours = [row for row in rows if row["implementation"] == "triton"]
+    small = [row for row in ours if row["op"] == "window_attention" and window_of(row) in SMALL_WINDOWS]
+    found = []
+    for part, least in (("forward", 0.7), ("backward", 0.6)):
+        chosen = [row for row in small if row["pass"] == part]
+        demand = f">= {least:.0%} of a copy of its bytes"
+        found.append(lowest(f"window_attention {part}, windows 6, 7, 12", demand, chosen, share, least, "{:.0%}"))
+    attention = [row for row in ours if row["op"] in ("window_attention", "class_token_attention")]
+    beside = [row for row in attention if peer_times(row, rows)]
+    found.append(
+        lowest("attention, every shape", "faster than every peer", beside, lambda row: lead(row, rows), 1.0, "x{:.2f}")
+    )
+    guidance = [row for row in ours if row["op"] == "guidance_attention" and peer_times(row, rows, ("dense",))]
+    demand = ">= 2x SDPA over all tokens"
+    found.append(
+        lowest("guidance_attention", demand, guidance, lambda row: lead(row, rows, ("dense",)), 2.0, "x{:.2f}")
+    )
+    for op in MEMORY_BOUND:
+        chosen = [row for row in ours if row["op"] == op]
+        large = [row for row in chosen if row["floor_seconds"] >= SHORT]
+        short = [row for row in chosen if row["floor_seconds"] < SHORT]
+        if large or not short:
+            found.append(lowest(op, ">= 80% of a copy of its bytes", large, share, 0.8, "{:.0%}"))
+        if short:
+            demand = "<= 3 us beyond an empty launch"
+            found.append(
+                lowest(f"{op}, small", demand, short, lambda row: -beyond(row), -LAUNCH_MARGIN, "{:.1f} us", -1e6)
+            )
+    return found
+
+
+def step_bars(rows: list[Row]) -> list[Bar]:
+    found = []
+    for model in sorted({MAIN_MODEL, *(row["model"] for row in rows)}, key=lambda name: (name != MAIN_MODEL, name)):
+        mine = [row for row in rows if row["model"] == model]
+        ours = [row for row in mine if row["backend"] == "triton"]
+        best = sorted(ours, key=lambda row: row["p50_seconds"])[:1]
+        eager = [row for row in mine if row["backend"] == "reference" and not row["compiled"]][:1]
+        compiled = [row for row in mine if row["backend"] == "reference" and row["compiled"]][:1]
+        name = f"step of {model}"
+        if model == MAIN_MODEL:
+            found.append(against(name, ">= 3.0x plain, eager", best, eager, "p50_seconds", 3.0))
+            found.append(against(name, ">= 1.4x plain, compiled", best, compiled, "p50_seconds", 1.4))
+            found.append(against(name, "<= 0.5x the memory of plain", best, eager, "step_memory_bytes", 2.0))
+            demand = ">= 40% of the matrix rate"
+            found.append(lowest(name, demand, best, lambda row: row["share_of_matrix"], 0.4, "{:.0%}"))
+        else:
+            found.append(against(name, ">= 1.2x plain, compiled", best, compiled, "p50_seconds", 1.2))
+    return found
+
+
+def against(what: str, demand: str, ours: list[Row], plain: list[Row], key: str, least: float) -> Bar:
+    """How many times more than ours plain takes."""
+    if not ours or not plain:
+        return Bar(what, demand, "-", None)
+    times = plain[0][key] / ours[0][key]
+    return Bar(what, demand, f"x{times:.2f}", times >= least)
+
+
+def lowest(
+    what: str, demand: str, rows: list[Row], value: Callable[[Row], float], least: float, text: str, scale: float = 1.0
+) -> Bar:
+    """The row that is furthest below."""
+    if not rows:
+        return Bar(what, demand, "-", None)
+    worst = min(rows, key=value)
+    where = f" ({worst['case']}, {worst['pass']})" if "case" in worst else ""
+    return Bar(what, demand, text.format(value(worst) * scale) + where, value(worst) >= least)
+
+
+def share(row: Row) -> float:
+    return row["share_of_copy"]
+
+
+def beyond(row: Row) -> float:
+    """Seconds beyond an empty launch."""
+    return row["p50_seconds"] - row["ceilings"]["launch_seconds"]
+
+
+def window_of(row: Row) -> int:
+    return round((row["shapes"]["table"][0] ** 0.5 + 1) / 2)
+
+
+def peer_times(row: Row, rows: list[Row], peers: tuple[str, ...] = PEERS) -> list[float]:
+    """Of the same pass of the same case."""
+    keys = ("op", "case", "pass", "dtype", "batch")
+    same = [other for other in rows if all(other[key] == row[key] for key in keys)]
+    return [other["p50_seconds"] for other in same if other["implementation"] in peers]
+
+
+def lead(row: Row, rows: list[Row], peers: tuple[str, ...] = PEERS) -> float:
+    """How many times longer the fastest peer takes."""
+    return min(peer_times(row, rows, peers)) / row["p50_seconds"]
+
+
+def table(found: list[Bar]) -> str:
+    """One line a demand."""
+    words = {True: "pass", False: "FAIL", None: "not measured"}
+    lines = [(words[bar.met], bar.what, bar.demand, bar.measured) for bar in found]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(word.ljust(width) for word, width in zip(line, widths, strict=False)), line[3]]).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,229 @@
+"""Mean and variance of each row between its 10 % and 90 % order statistics, without a sort; and standardised maps.
+
+One program takes a row. It brackets both order statistics by those of a small sorted sample and reads the row once:
+values between the brackets are summed up, values inside them are listed, the others only counted. Both order statistics
+are then searched in the lists, by halving the range of bit patterns that can hold them, and what of the lists lies
+between them is added. Luck decides only the speed: where the sample led astray, a second reading lists the whole row.
+
+A row that holds a NaN or an infinity gets NaN for both.
+
+Shape letters: R rows, n values of a row, W warps, S sampled values of each. Each warp fills a list of its own, so that
+none waits for another, and always in the same order.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgmim_fast.kernels import launch
+from sgmim_fast.kernels.launch import ceil_div
+
+WARPS = 16
+TILE = 1024  # values of a program of standardize
+
+
+@triton.jit
+def _key(x):
+    """A float's bit pattern as an integer in the order of the floats."""
+    size = tl.abs(x).to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _value(key):
+    """The inverse of _key."""
+    size = tl.abs(key).to(tl.float64 if key.dtype == tl.int64 else tl.float32, bitcast=True)
+    return tl.where(key < 0, -size, size)
+
+
+@triton.jit
+def _middle(low, high):
+    """Of two integers, rounded down, without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def _pick(b_sorted, rank, S: tl.constexpr):
+    """Values of ``rank`` [W] of sorted samples [W, S]."""
+    return tl.sum(tl.where(tl.arange(0, S)[None, :] == rank, b_sorted, 0.0), 1)
+
+
+@triton.jit
+def _quarters(b_x, W: tl.constexpr):
+    """Four blocks [W, 32] of a block [W, 128], such that no value leaves the thread that has loaded it."""
+    b_0, b_1 = tl.split(tl.reshape(b_x, [W, 32, 2, 2]))
+    return tl.split(b_0) + tl.split(b_1)
+
+
+@triton.jit
+def _collect(
+    p_row, s_column, n, p_lists, a, b, c, d, shift, W: tl.constexpr, LARGEST: tl.constexpr, ACC: tl.constexpr
+):
+    """Lists the values in [a, b] and [c, d].
+
+    Returns the longest list's length and that of all, how many values are below a, how many in (b, c), the sum and the
+    sum of squares of the latter less ``shift``, and a number that is NaN if the row holds a NaN or an infinity.
+    """
+    b_below = tl.zeros([W, 32], tl.int32)
+    b_between = tl.zeros([W, 32], tl.int32)
+    b_sum = tl.zeros([W, 32], tl.float64)
+    b_square = tl.zeros([W, 32], tl.float64)
+    b_odd = tl.zeros([W, 32], ACC)
+    b_filled = tl.zeros([W], tl.int32)
+    o_0 = tl.arange(0, W)[:, None] * 128 + tl.arange(0, 128)[None, :]  # [W, 128]
+    o_1 = o_0 + W * 128
+    # What fills up the last block is as large as any value, so it has no rank that matters, listed or not.
+    b_0 = tl.load(p_row + o_0 * s_column, mask=o_0 < n, other=LARGEST)
+    b_1 = tl.load(p_row + o_1 * s_column, mask=o_1 < n, other=LARGEST)
+    for i in range(W * 256, n + W * 256, W * 256):
+        b_values = _quarters(b_0.to(ACC), W) + _quarters(b_1.to(ACC), W)
+        b_0 = tl.load(p_row + (i + o_0) * s_column, mask=i + o_0 < n, other=LARGEST)  # for the next turn
+        b_1 = tl.load(p_row + (i + o_1) * s_column, mask=i + o_1 < n, other=LARGEST)
+        b_codes = tl.zeros([W, 32], tl.int32)  # a count in each byte: listed, below, between
+        b_off_sum = tl.zeros([W, 32], ACC)
+        b_off_square = tl.zeros([W, 32], ACC)
+        for j in tl.static_range(8):
+            b_x = b_values[j]
+            m_between = (b_x > b) & (b_x < c)
+            b_codes += tl.where(m_between, 1 << 16, tl.where(b_x < a, 1 << 8, tl.where(b_x > d, 0, 1)))
+            b_off = tl.where(m_between, b_x - shift, 0.0)
+            b_off_sum += b_off
+            b_off_square += b_off * b_off
+            b_odd += b_x * 0.0
+        b_sum += b_off_sum.to(tl.float64)
+        b_square += b_off_square.to(tl.float64)
+        b_between += b_codes >> 16
+        b_below += (b_codes >> 8) & 255
+        b_listed = b_codes & 255
+        p_place = p_lists + b_filled[:, None] + tl.cumsum(b_listed, 1) - b_listed
+        b_filled += tl.sum(b_listed, 1)
+        for j in tl.static_range(8):
+            b_x = b_values[j]
+            m_listed = (b_x >= a) & (b_x <= d) & ((b_x <= b) | (b_x >= c))
+            tl.store(p_place, b_x, mask=m_listed)
+            p_place += m_listed.to(tl.int32)
+    longest, listed = tl.max(b_filled), tl.sum(b_filled)
+    for i in range(0, longest, 256):  # NaN where other lists are longer
+        o_l = i + tl.arange(0, 256)[None, :]
+        tl.store(p_lists + o_l, float("nan"), mask=o_l >= b_filled[:, None])
+    tl.debug_barrier()  # what one warp has written all may read
+    return longest, listed, tl.sum(b_below), tl.sum(b_between), tl.sum(b_sum), tl.sum(b_square), tl.sum(b_odd)
+
+
+@triton.jit
+def _count(p_lists, longest, low, high, W: tl.constexpr):
+    """How many listed values are at most ``low``, and ``high``."""
+    b_low = tl.zeros([W, 256], tl.int32)
+    b_high = tl.zeros([W, 256], tl.int32)
+    for i in range(0, longest, 256):
+        b_x = tl.load(p_lists + i + tl.arange(0, 256)[None, :])  # [W, 256]
+        b_low += (b_x <= low).to(tl.int32)
+        b_high += (b_x <= high).to(tl.int32)
+    return tl.sum(b_low), tl.sum(b_high)
+
+
+@triton.jit
+def _statistics(
+    p_values, p_lists, p_mean, p_variance, s_row, s_column, n, start, stop, capacity,
+    S: tl.constexpr, W: tl.constexpr, LARGEST: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Mean and unbiased variance of the values of ranks start to stop - 1 of one row."""
+    i_r = tl.program_id(0).to(tl.int64)
+    p_row = p_values + i_r * s_row
+    o_w = tl.arange(0, W)[:, None]
+    p_lists += (i_r * W + o_w) * capacity  # [W, 1]
+
+    # Brackets [a, b] and [c, d]: each warp guesses by a sample of its own, and all of them hardly ever guess too low or
+    # too high. Multiples of the golden section, modulo 1, visit a row evenly.
+    o_s = ((o_w * S + tl.arange(0, S)[None, :]) * -1640531527).to(tl.uint32)
+    o_s = tl.umulhi(o_s, tl.full([W, S], n, tl.uint32)).to(tl.int32)
+    b_sample = tl.sort(tl.load(p_row + o_s * s_column).to(ACC))  # [W, S]
+    b_low, b_high = _pick(b_sample, S // 10, S), _pick(b_sample, S - 1 - S // 10, S)
+    a, b, c, d = tl.min(b_low), tl.max(b_low), tl.min(b_high), tl.max(b_high)
+    # Subtracted from what is summed up, so that no digits are lost; rounded, so that no rounding has a preference.
+    coarse = (d - a) * 524288.0
+    shift = (tl.sum(_pick(b_sample, S // 2, S)) / W + coarse) - coarse
+
+    # Ranks in the lists are ranks in the row less what the lists leave out. In a second turn they leave out nothing.
+    total, square, odd = shift.to(tl.float64), shift.to(tl.float64), shift
+    between, listed, longest, upto_b, below_c, rank_low, rank_high = 0, 0, 0, 0, 0, 0, 0
+    missed = 1
+    while missed == 1:
+        longest, listed, below, between, total, square, odd = _collect(
+            p_row, s_column, n, p_lists, a, b, c, d, shift, W, LARGEST, ACC
+        )
+        upto_b, below_c = _count(p_lists, longest, b, _value(_key(c) - 1), W)
+        rank_low, rank_high = start - below, stop - 1 - below - between
+        found = (rank_low >= 0) & (rank_low < upto_b) & (rank_high >= below_c) & (rank_high < listed)
+        missed = tl.where(found | (odd != odd), 0, 1)
+        if missed == 1:
+            a, c = tl.full([], float("-inf"), ACC), tl.full([], float("-inf"), ACC)
+            b, d = tl.full([], float("inf"), ACC), tl.full([], float("inf"), ACC)
+    odd = odd != odd
+
+    # The search ends where one value, or one pattern, is left. Of ranks below ... upto - 1 are those in [0, 1].
+    low_0, low_1, low_below, low_upto = _key(a), _key(b), 0, upto_b
+    high_0, high_1, high_below, high_upto = _key(c), _key(d), below_c, listed
+    while ((low_0 < low_1) & (low_upto > low_below + 1)) | ((high_0 < high_1) & (high_upto > high_below + 1)):
+        low, high = _middle(low_0, low_1), _middle(high_0, high_1)
+        upto_low, upto_high = _count(p_lists, longest, _value(low), _value(high), W)
+        if upto_low > rank_low:
+            low_1, low_upto = low, upto_low
+        else:
+            low_0, low_below = low + 1, upto_low
+        if upto_high > rank_high:
+            high_1, high_upto = high, upto_high
+        else:
+            high_0, high_below = high + 1, upto_high
+    b_low = tl.full([W, 256], float("-inf"), ACC)
+    b_high = tl.full([W, 256], float("-inf"), ACC)
+    for i in range(0, longest, 256):
+        b_x = tl.load(p_lists + i + tl.arange(0, 256)[None, :])
+        b_low = tl.maximum(b_low, tl.where(b_x <= _value(low_1), b_x, float("-inf")))
+        b_high = tl.maximum(b_high, tl.where(b_x <= _value(high_1), b_x, float("-inf")))
+    low, high = tl.max(b_low), tl.max(b_high)
+
+    # What of the lists lies between the two, and as many of their equals as a sort would keep.
+    b_count = tl.zeros([W, 256], tl.int32)
+    b_sum = tl.zeros([W, 256], tl.float64)
+    b_square = tl.zeros([W, 256], tl.float64)
+    for i in range(0, longest, 256):
+        b_x = tl.load(p_lists + i + tl.arange(0, 256)[None, :])
+        m_inside = (b_x > low) & (b_x < high)
+        b_off = tl.where(m_inside, b_x - shift, 0.0)
+        b_count += m_inside.to(tl.int32)
+        b_sum += b_off.to(tl.float64)
+        b_square += (b_off * b_off).to(tl.float64)
+    kept = (stop - start).to(tl.float64)
+    equal_low = (low_upto - rank_low).to(tl.float64)
+    equal_high = kept - equal_low - (between + tl.sum(b_count)).to(tl.float64)
+    off_low, off_high = low.to(tl.float64) - shift, high.to(tl.float64) - shift
+    total += tl.sum(b_sum) + equal_low * off_low + equal_high * off_high
+    square += tl.sum(b_square) + equal_low * off_low * off_low + equal_high * off_high * off_high
+    mean = tl.where(low == high, low.to(tl.float64), shift + total / kept)
+    variance = tl.where(low == high, 0.0, (square - total * total / kept) / (kept - 1))
+    tl.store(p_mean + i_r, tl.where(odd, float("nan"), mean).to(ACC))
+    tl.store(p_variance + i_r, tl.where(odd, float("nan"), variance).to(ACC))
+
+
+def sample(n: int) -> int:
+    """Values that a warp samples of a row of n."""
+    return 1 << (min(max(n // 256, 32), 256).bit_length() - 1)
+
+
+def _launch_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
+    rows, n = values.shape
+    exact = torch.float64 if values.dtype == torch.float64 else torch.float32
+    mean, variance = (torch.empty(rows, dtype=exact, device=values.device) for _ in range(2))
+    capacity = ceil_div(n, WARPS * 256) * 256
+    lists = torch.empty((rows, WARPS, capacity), dtype=exact, device=values.device)
+    with launch.on_device(values):
+        _statistics[(rows,)](
+            values, lists, mean, variance, *values.stride(), n, int(0.1 * n), int(0.9 * n), capacity,
+            S=sample(n), W=WARPS, LARGEST=torch.finfo(values.dtype).max,
+            ACC=tl.float64 if exact == torch.float64 else tl.float32, num_warps=WARPS,
+        )  # fmt: skip
+    return mean, variance
