@@ -31,6 +31,12 @@ ALLOWED_PEER = 8.0  # some sum a bias's gradient in 16 bits
 
 
 def main() -> None:
+    options = arguments().parse_args()
+    with one_line_errors():
+        raise SystemExit(run(options, harness.gpu()))
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=list(PLAIN), default=list(PLAIN), metavar="OP", help="default: all")
     parser.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name holds this")
@@ -41,9 +47,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after this long")
     parser.add_argument("--check-only", action="store_true", help="compare with float64, time nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
-    options = parser.parse_args()
-    with one_line_errors():
-        raise SystemExit(run(options, harness.gpu()))
+    return parser
 
 
 def run(options: argparse.Namespace, device: torch.device) -> int:
@@ -84,7 +88,8 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
     """What to measure, in this order: all that needs no compiler, then the rest."""
     chosen = [case for case in all_cases(options.batch) if case.op in options.ops and options.cases in case.name]
     if options.one_each:
-        chosen = list({case.op: case for case in reversed(chosen)}.values())[::-1]
+        first = {op: next((case for case in chosen if case.op == op), None) for op in options.ops}
+        chosen = [case for case in first.values() if case is not None]
     for compiled in (False, True):
         for dtype in options.dtypes:
             for case in chosen:

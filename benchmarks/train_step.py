@@ -38,6 +38,15 @@ Batch = tuple[torch.Tensor, ...]
 
 
 def main() -> None:
+    options = arguments().parse_args()
+    with one_line_errors():
+        if options.memory_of:
+            print(peak_of_host(options))
+        else:
+            raise SystemExit(compare(options))
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sgmim_swin_base", help="a name of sgmim_fast.config.MODELS")
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of ModelConfig")
@@ -56,12 +65,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     parser.add_argument("--memory-of", metavar="BACKEND", help=argparse.SUPPRESS)  # a child process
-    options = parser.parse_args()
-    with one_line_errors():
-        if options.memory_of:
-            print(peak_of_host(options))
-        else:
-            raise SystemExit(compare(options))
+    return parser
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def compare(options: argparse.Namespace) -> int:
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, dict[str, Any]], bool]:
     """Seconds of each step, bytes, loss and gradient norm, of every implementation in turns; whether one failed."""
     model, inputs = build(options, device)
-    runners = {}
+    runners: dict[str, Runner] = {}
     found: dict[str, dict[str, Any]] = {}
     failed = False
     for name in options.backends:

@@ -215,7 +215,7 @@ def backward_tile(channels: int) -> Tile:
 
 
 def backward_programs(tiles: int, channels: int) -> int:
-    """Programs that share the tiles: what a large GPU holds at once, since each leaves partial sums to be read again."""
+    """Programs that share the tiles: what a large GPU holds at once, as each leaves partial sums to be read again."""
     return min(tiles, 264 if channels <= 128 else 132)
 
 

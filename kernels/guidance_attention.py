@@ -83,7 +83,7 @@ def _forward(
     p_q, p_k, p_v, p_null_k, p_null_v, p_out, p_max,
     s_qb, s_qn, s_qt, s_qd, s_kb, s_kn, s_kt, s_kd, s_vb, s_vn, s_vt, s_vd, s_nkt, s_nkd, s_nvt, s_nvd,
     NQ, NK, T, count,
-    COUNTED: tl.constexpr, KEY_TILES: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    COUNTED: tl.constexpr, ONE_TILE: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one sample and head: output, and each row's largest logit and softmax denominator."""
@@ -98,7 +98,7 @@ def _forward(
     b_max = tl.full([BM], float("-inf"), ACC)
     b_sum = tl.zeros([BM], ACC)
     b_out = tl.zeros([BM, BD], ACC)
-    for i_n in range(KEY_TILES):
+    for i_n in range(1 if ONE_TILE else tl.cdiv(NK + COUNTED, BN)):
         o_n = i_n * BN + tl.arange(0, BN)
         b_k = _rows_and_null(p_k, s_kn, s_kd, p_null_k, s_nkd, o_n, NK, COUNTED, D, BD).to(b_q.dtype)  # [BN, BD]
         b_v = _rows_and_null(p_v, s_vn, s_vd, p_null_v, s_nvd, o_n, NK, COUNTED, D, BD).to(b_q.dtype)
@@ -106,7 +106,7 @@ def _forward(
         b_s = dot(b_q, tl.trans(b_k), PRECISION) * (SCALE * _LOG2E) + b_mask[None, :]  # [BM, BN]
         # The largest weight becomes about 1, so that none overflows float16.
         b_new = tl.max(b_s + tl.log2(b_weight)[None, :], 1)  # [BM]
-        if KEY_TILES > 1:
+        if not ONE_TILE:
             b_new = tl.maximum(b_new, b_max)
             b_shrink = tl.exp2(b_max - b_new)
             b_sum *= b_shrink
@@ -127,7 +127,7 @@ def _backward_keys(
     s_qb, s_qn, s_qt, s_qd, s_kb, s_kn, s_kt, s_kd, s_vb, s_vn, s_vt, s_vd, s_nkt, s_nkd, s_nvt, s_nvd,
     s_ob, s_on, s_od,
     NQ, NK, T, count,
-    COUNTED: tl.constexpr, WHOLE: tl.constexpr, QUERY_TILES: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    COUNTED: tl.constexpr, WHOLE: tl.constexpr, ONE_TILE: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one sample and head, and of the queries if the tile is WHOLE."""
@@ -146,7 +146,7 @@ def _backward_keys(
     b_mask, b_weight = _key_weights(o_n, NK, count, COUNTED, ACC)  # [BN]
     b_dk = tl.zeros([BN, BD], ACC)
     b_dv = tl.zeros([BN, BD], ACC)
-    for i_m in range(QUERY_TILES):
+    for i_m in range(1 if ONE_TILE else tl.cdiv(NQ, BM)):
         o_m = i_m * BM + tl.arange(0, BM)
         b_q = _rows(p_q, s_qn, s_qd, o_m, NQ, D, BD)  # [BM, BD]
         b_dout = _rows(p_dout, s_on, s_od, o_m, NQ, D, BD).to(b_q.dtype)  # [BM, BD]
@@ -165,10 +165,7 @@ def _backward_keys(
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)  # [BN, BM]
         b_dk += dot(b_ds, b_q, PRECISION)
         if WHOLE:
-            if BN < 640:
-                b_dq = dot(tl.trans(b_ds), b_k, PRECISION)  # [BM, BD]
-            else:  # warp groups multiply no fewer than 64 rows
-                b_dq = tl.trans(dot(tl.trans(b_k), b_ds, PRECISION))
+            b_dq = dot(tl.trans(b_ds), b_k, PRECISION)  # [BM, BD]
             _store_rows(p_dq + (i_b * NQ * T + i_t) * D, T * D, o_m, NQ, b_dq * SCALE, D, BD)
     o_row = i_b * NK * T + i_t
     o_part = i_b * T + i_t
@@ -182,7 +179,7 @@ def _backward_queries(
     s_qb, s_qn, s_qt, s_qd, s_kb, s_kn, s_kt, s_kd, s_vb, s_vn, s_vt, s_vd, s_nkt, s_nkd, s_nvt, s_nvd,
     s_ob, s_on, s_od,
     NQ, NK, T, count,
-    COUNTED: tl.constexpr, KEY_TILES: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    COUNTED: tl.constexpr, ONE_TILE: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries of one sample and head; leaves its rows of gradient times output for the keys."""
@@ -203,7 +200,7 @@ def _backward_queries(
     b_max = tl.load(p_max + o_m, mask=o_m < NQ, other=float("inf"))  # [BM]
     b_sum = tl.load(p_max + NQ + o_m, mask=o_m < NQ, other=1.0)  # [BM]
     b_dq = tl.zeros([BM, BD], ACC)
-    for i_n in range(KEY_TILES):
+    for i_n in range(1 if ONE_TILE else tl.cdiv(NK + COUNTED, BN)):
         o_n = i_n * BN + tl.arange(0, BN)
         b_k = _rows_and_null(p_k, s_kn, s_kd, p_null_k, s_nkd, o_n, NK, COUNTED, D, BD).to(b_q.dtype)  # [BN, BD]
         b_v = _rows_and_null(p_v, s_vn, s_vd, p_null_v, s_nvd, o_n, NK, COUNTED, D, BD).to(b_q.dtype)
@@ -256,23 +253,25 @@ def query_blocks(queries: int, keys: int, size: int, width: int) -> Blocks:
     """
     channels = launch.block(size)
     if width > 2:
-        side = 32 if channels * width <= 512 else 16
-        return Blocks(min(launch.block(queries), side), min(launch.block(keys), side), 4, 1)
+        BM = min(launch.block(queries), 32 if channels <= 64 else 16)
+        BN = min(launch.block(keys), 32 if channels <= 64 or keys <= 32 else 16)
+        return Blocks(BM, BN, min(8, min(BM, BN) * channels // 128), 1)
     BM = min(launch.block(queries), 64 if channels <= 128 else 32)
-    return Blocks(BM, min(launch.block(keys), 32), max(BM // 16, BM * channels // 2048), 2)
+    return Blocks(BM, min(launch.block(keys), 32), BM // (16 if channels <= 128 else 4), 2)
 
 
 def key_blocks(queries: int, keys: int, size: int, width: int) -> Blocks:
     """Launch parameters of the backward's pass over keys, which is its only pass if a tile holds all keys."""
     channels = launch.block(size)
     if width > 2:
-        side = 32 if channels * width <= 512 else 16
-        return Blocks(min(launch.block(queries), side), min(launch.block(keys), side), 4, 1)
+        BM = min(launch.block(queries), 32 if channels <= 64 else 16)
+        BN = min(launch.block(keys), 32)
+        return Blocks(BM, BN, min(8 if channels <= 128 else 16, min(BM, BN) * channels // 128), 1)
     BM = min(launch.block(queries), 32 if channels <= 128 else 16)
     BN = launch.block(keys)
-    if BN > 128 or BN * channels > 128 * 128:
+    if BN > 128 or BN * channels > 64 * 128:
         BN = 64 if channels <= 128 else 32
-    return Blocks(BM, BN, 8 if BN > 32 else BN // 16 * (2 if channels > 128 else 1), 1 if BN > 64 else 2)
+    return Blocks(BM, BN, 8 if BN * channels >= 64 * 128 else BN // 16, 2)
 
 
 def _rows_of(q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None) -> tuple[Any, ...]:
@@ -325,7 +324,7 @@ def _attend(
     with launch.on_device(q):
         _forward[(B * T * launch.ceil_div(NQ, blocks.queries),)](
             *inputs, out, statistics, *strides,
-            KEY_TILES=launch.ceil_div(N, blocks.keys), **_options(q, k, count, blocks),
+            ONE_TILE=N <= blocks.keys, **_options(q, k, count, blocks),
         )  # fmt: skip
     return out, statistics
 
@@ -360,11 +359,11 @@ def _attend_backward(
             of_queries = query_blocks(NQ, N, D, q.element_size())
             _backward_queries[(B * T * launch.ceil_div(NQ, of_queries.queries),)](
                 *inputs, out, dout, statistics, delta, dq, *strides,
-                KEY_TILES=launch.ceil_div(N, of_queries.keys), **_options(q, k, count, of_queries),
+                ONE_TILE=N <= of_queries.keys, **_options(q, k, count, of_queries),
             )  # fmt: skip
         _backward_keys[(B * T * key_tiles,)](
             *inputs, dout, statistics, delta, dq, dk, dv, part_k, part_v, *strides,
-            WHOLE=whole, QUERY_TILES=launch.ceil_div(NQ, blocks.queries), **_options(q, k, count, blocks),
+            WHOLE=whole, ONE_TILE=NQ <= blocks.queries, **_options(q, k, count, blocks),
         )  # fmt: skip
         if count:
             _sum_parts[(2 * launch.ceil_div(T * D, 32),)](

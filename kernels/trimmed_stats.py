@@ -11,8 +11,6 @@ Shape letters: R rows, n values of a row, W warps, S sampled values of each. Eac
 none waits for another, and always in the same order.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from sgmim_fast.kernels import launch
 from sgmim_fast.kernels.launch import ceil_div
 
 WARPS = 16
+REGISTERS = 96  # a thread; left to itself, the assembler spills some to make room for a second program
 TILE = 1024  # values of a program of standardize
 
 
@@ -60,7 +59,7 @@ def _quarters(b_x, W: tl.constexpr):
 
 @triton.jit
 def _collect(
-    p_row, s_column, n, p_lists, a, b, c, d, shift, W: tl.constexpr, LARGEST: tl.constexpr, ACC: tl.constexpr
+    p_row, s_column, n, p_lists, o_lists, a, b, c, d, shift, W: tl.constexpr, LARGEST: tl.constexpr, ACC: tl.constexpr
 ):
     """Lists the values in [a, b] and [c, d].
 
@@ -98,31 +97,37 @@ def _collect(
         b_between += b_codes >> 16
         b_below += (b_codes >> 8) & 255
         b_listed = b_codes & 255
-        p_place = p_lists + b_filled[:, None] + tl.cumsum(b_listed, 1) - b_listed
+        b_place = o_lists + b_filled[:, None] + tl.cumsum(b_listed, 1) - b_listed
         b_filled += tl.sum(b_listed, 1)
         for j in tl.static_range(8):
             b_x = b_values[j]
             m_listed = (b_x >= a) & (b_x <= d) & ((b_x <= b) | (b_x >= c))
-            tl.store(p_place, b_x, mask=m_listed)
-            p_place += m_listed.to(tl.int32)
+            tl.store(p_lists + b_place, b_x, mask=m_listed)
+            b_place += m_listed.to(tl.int32)
     longest, listed = tl.max(b_filled), tl.sum(b_filled)
     for i in range(0, longest, 256):  # NaN where other lists are longer
         o_l = i + tl.arange(0, 256)[None, :]
-        tl.store(p_lists + o_l, float("nan"), mask=o_l >= b_filled[:, None])
+        tl.store(p_lists + o_lists + o_l, float("nan"), mask=o_l >= b_filled[:, None])
     tl.debug_barrier()  # what one warp has written all may read
     return longest, listed, tl.sum(b_below), tl.sum(b_between), tl.sum(b_sum), tl.sum(b_square), tl.sum(b_odd)
 
 
 @triton.jit
-def _count(p_lists, longest, low, high, W: tl.constexpr):
-    """How many listed values are at most ``low``, and ``high``."""
-    b_low = tl.zeros([W, 256], tl.int32)
-    b_high = tl.zeros([W, 256], tl.int32)
+def _listed(p_lists, o_lists, i, W: tl.constexpr):
+    """Values i to i + 255 of each list, in eight blocks [W, 32]."""
+    o = o_lists + i + tl.arange(0, 128)[None, :]
+    return _quarters(tl.load(p_lists + o), W) + _quarters(tl.load(p_lists + o + 128), W)
+
+
+@triton.jit
+def _count(p_lists, o_lists, longest, low, high, W: tl.constexpr):
+    """How many listed values are at most ``low``, and at most ``high``."""
+    b_codes = tl.zeros([W, 32], tl.int32)  # a count in each half: at most low, at most high
     for i in range(0, longest, 256):
-        b_x = tl.load(p_lists + i + tl.arange(0, 256)[None, :])  # [W, 256]
-        b_low += (b_x <= low).to(tl.int32)
-        b_high += (b_x <= high).to(tl.int32)
-    return tl.sum(b_low), tl.sum(b_high)
+        b_values = _listed(p_lists, o_lists, i, W)
+        for j in tl.static_range(8):
+            b_codes += tl.where(b_values[j] <= low, 1, 0) + tl.where(b_values[j] <= high, 1 << 16, 0)
+    return tl.sum(b_codes & 0xFFFF), tl.sum((b_codes >> 16) & 0xFFFF)
 
 
 @triton.jit
@@ -134,7 +139,8 @@ def _statistics(
     i_r = tl.program_id(0).to(tl.int64)
     p_row = p_values + i_r * s_row
     o_w = tl.arange(0, W)[:, None]
-    p_lists += (i_r * W + o_w) * capacity  # [W, 1]
+    p_lists += i_r * (W * capacity)
+    o_lists = o_w * capacity  # [W, 1]
 
     # Brackets [a, b] and [c, d]: each warp guesses by a sample of its own, and all of them hardly ever guess too low or
     # too high. Multiples of the golden section, modulo 1, visit a row evenly.
@@ -153,9 +159,9 @@ def _statistics(
     missed = 1
     while missed == 1:
         longest, listed, below, between, total, square, odd = _collect(
-            p_row, s_column, n, p_lists, a, b, c, d, shift, W, LARGEST, ACC
+            p_row, s_column, n, p_lists, o_lists, a, b, c, d, shift, W, LARGEST, ACC
         )
-        upto_b, below_c = _count(p_lists, longest, b, _value(_key(c) - 1), W)
+        upto_b, below_c = _count(p_lists, o_lists, longest, b, _value(_key(c) - 1), W)
         rank_low, rank_high = start - below, stop - 1 - below - between
         found = (rank_low >= 0) & (rank_low < upto_b) & (rank_high >= below_c) & (rank_high < listed)
         missed = tl.where(found | (odd != odd), 0, 1)
@@ -169,7 +175,7 @@ def _statistics(
     high_0, high_1, high_below, high_upto = _key(c), _key(d), below_c, listed
     while ((low_0 < low_1) & (low_upto > low_below + 1)) | ((high_0 < high_1) & (high_upto > high_below + 1)):
         low, high = _middle(low_0, low_1), _middle(high_0, high_1)
-        upto_low, upto_high = _count(p_lists, longest, _value(low), _value(high), W)
+        upto_low, upto_high = _count(p_lists, o_lists, longest, _value(low), _value(high), W)
         if upto_low > rank_low:
             low_1, low_upto = low, upto_low
         else:
@@ -178,35 +184,51 @@ def _statistics(
             high_1, high_upto = high, upto_high
         else:
             high_0, high_below = high + 1, upto_high
-    b_low = tl.full([W, 256], float("-inf"), ACC)
-    b_high = tl.full([W, 256], float("-inf"), ACC)
-    for i in range(0, longest, 256):
-        b_x = tl.load(p_lists + i + tl.arange(0, 256)[None, :])
-        b_low = tl.maximum(b_low, tl.where(b_x <= _value(low_1), b_x, float("-inf")))
-        b_high = tl.maximum(b_high, tl.where(b_x <= _value(high_1), b_x, float("-inf")))
-    low, high = tl.max(b_low), tl.max(b_high)
 
-    # What of the lists lies between the two, and as many of their equals as a sort would keep.
-    b_count = tl.zeros([W, 256], tl.int32)
-    b_sum = tl.zeros([W, 256], tl.float64)
-    b_square = tl.zeros([W, 256], tl.float64)
+    # What lies above the lower one up to the upper one, plus the equals of the lower one that a sort would keep, less
+    # those of the upper one that it would not.
+    low_end, high_end = _value(low_1), _value(high_1)
+    b_low = tl.full([W, 32], float("-inf"), ACC)
+    b_high = tl.full([W, 32], float("-inf"), ACC)
+    b_sum = tl.zeros([W, 32], tl.float64)
+    b_square = tl.zeros([W, 32], tl.float64)
     for i in range(0, longest, 256):
-        b_x = tl.load(p_lists + i + tl.arange(0, 256)[None, :])
-        m_inside = (b_x > low) & (b_x < high)
-        b_off = tl.where(m_inside, b_x - shift, 0.0)
-        b_count += m_inside.to(tl.int32)
-        b_sum += b_off.to(tl.float64)
-        b_square += (b_off * b_off).to(tl.float64)
+        b_values = _listed(p_lists, o_lists, i, W)
+        b_off_sum = tl.zeros([W, 32], ACC)
+        b_off_square = tl.zeros([W, 32], ACC)
+        for j in tl.static_range(8):
+            b_x = b_values[j]
+            b_low = tl.maximum(b_low, tl.where(b_x <= low_end, b_x, float("-inf")))
+            b_high = tl.maximum(b_high, tl.where(b_x <= high_end, b_x, float("-inf")))
+            b_off = tl.where((b_x > low_end) & (b_x <= high_end), b_x - shift, 0.0)
+            b_off_sum += b_off
+            b_off_square += b_off * b_off
+        b_sum += b_off_sum.to(tl.float64)
+        b_square += b_off_square.to(tl.float64)
+    low, high = tl.max(b_low).to(tl.float64), tl.max(b_high).to(tl.float64)
+    more_low, less_high = (low_upto - rank_low).to(tl.float64), (high_upto - rank_high - 1).to(tl.float64)
+    off_low, off_high = low - shift, high - shift
+    total += tl.sum(b_sum) + more_low * off_low - less_high * off_high
+    square += tl.sum(b_square) + more_low * off_low * off_low - less_high * off_high * off_high
     kept = (stop - start).to(tl.float64)
-    equal_low = (low_upto - rank_low).to(tl.float64)
-    equal_high = kept - equal_low - (between + tl.sum(b_count)).to(tl.float64)
-    off_low, off_high = low.to(tl.float64) - shift, high.to(tl.float64) - shift
-    total += tl.sum(b_sum) + equal_low * off_low + equal_high * off_high
-    square += tl.sum(b_square) + equal_low * off_low * off_low + equal_high * off_high * off_high
-    mean = tl.where(low == high, low.to(tl.float64), shift + total / kept)
+    mean = tl.where(low == high, low, shift + total / kept)
     variance = tl.where(low == high, 0.0, (square - total * total / kept) / (kept - 1))
     tl.store(p_mean + i_r, tl.where(odd, float("nan"), mean).to(ACC))
     tl.store(p_variance + i_r, tl.where(odd, float("nan"), variance).to(ACC))
+
+
+@triton.jit
+def _standardize(
+    p_values, p_mean, p_variance, p_out, s_row, s_column, n, BN: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    i_p, blocks = tl.program_id(0), tl.cdiv(n, BN)
+    i_r = (i_p // blocks).to(tl.int64)
+    o_n = i_p % blocks * BN + tl.arange(0, BN)  # [BN]
+    m_n = o_n < n
+    b_x = tl.load(p_values + i_r * s_row + o_n * s_column, mask=m_n).to(ACC)
+    mean, variance = tl.load(p_mean + i_r).to(ACC), tl.load(p_variance + i_r).to(ACC)
+    scale = 1 / tl.sqrt(variance + 1e-6) if tl.float64 == ACC else tl.div_rn(1.0, tl.sqrt_rn(variance + 1e-6))
+    tl.store(p_out + i_r * n + o_n, ((b_x - mean) * scale).to(p_out.dtype.element_ty), mask=m_n)
 
 
 def sample(n: int) -> int:
@@ -224,6 +246,44 @@ def _launch_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
         _statistics[(rows,)](
             values, lists, mean, variance, *values.stride(), n, int(0.1 * n), int(0.9 * n), capacity,
             S=sample(n), W=WARPS, LARGEST=torch.finfo(values.dtype).max,
-            ACC=tl.float64 if exact == torch.float64 else tl.float32, num_warps=WARPS,
+            ACC=tl.float64 if exact == torch.float64 else tl.float32, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return mean, variance
+
+
+def _launch_standardize(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    rows, n = values.shape
+    out = torch.empty((rows, n), dtype=values.dtype, device=values.device)
+    with launch.on_device(values):
+        _standardize[(rows * ceil_div(n, TILE),)](
+            values, mean, variance, out, *values.stride(), n,
+            BN=TILE, ACC=tl.float64 if values.dtype == torch.float64 else tl.float32, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("sgmim_fast::trimmed_stats", mutates_args=())
+def trimmed_stats(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance (R,), in float32, of the rows (R, n) between their 10 % and 90 % order statistics.
+
+    Of values equal to a bound as many count as a sort would keep. Both are NaN for a row that holds a NaN or an
+    infinity.
+    """
+    return _launch_statistics(values)
+
+
+@trimmed_stats.register_fake
+def _(values: Tensor) -> tuple[Tensor, Tensor]:
+    exact = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return values.new_empty(values.shape[0], dtype=exact), values.new_empty(values.shape[0], dtype=exact)
+
+
+@torch.library.custom_op("sgmim_fast::standardize", mutates_args=())
+def standardize(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """``(d - mean) / sqrt(variance + 1e-6)`` of rows (R, n) with statistics (R,), in their dtype."""
+    return _launch_standardize(values, mean, variance)
+
+
+@standardize.register_fake
+def _(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return values.new_empty(values.shape)

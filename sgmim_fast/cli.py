@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--layout", choices=("sgmim", "simmim", "swin", "timm"), default="timm", help="key layout")
     export.add_argument("--output", type=Path, help="file to write (default: RUN/backbone_LAYOUT.safetensors)")
 
+    doctor = command("doctor", _doctor, "Say what this machine has, which choices run on it, and why others do not.")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+
     demo = command("demo", _demo, "Render scenes, pre-train a small Swin on two ranks, report, export: some minutes.")
     demo.add_argument("--count", type=int, default=1500, help="scenes to render")
     demo.add_argument("--steps", type=int, help="stop training after this many steps (default: the recipe's epochs)")
@@ -125,6 +128,17 @@ def _export(arguments: argparse.Namespace) -> None:
     load_weights(model, checkpoint / WEIGHTS)
     output = arguments.output or arguments.run / f"backbone_{arguments.layout}.safetensors"
     print(f"wrote {save_weights(model, output, layout=arguments.layout)}")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from sgmim_fast.doctor import examine, show, to_json
+
+    found = examine()
+    if arguments.json:
+        print(to_json(found))
+    else:
+        show(found)
+    raise SystemExit(1 if found.problems else 0)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

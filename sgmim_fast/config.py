@@ -290,7 +290,7 @@ class TrainConfig:
         )
         _require(
             not self.compile or self.zero_stage < 3,
-            "--compile cannot make one graph of train.zero_stage 3, where DeepSpeed fetches the weights of every module "
+            "--compile cannot make one graph of train.zero_stage 3, where DeepSpeed fetches the weights of each module "
             "in a hook of its own; use stage 2 or less, or leave --compile out",
         )
         _require(

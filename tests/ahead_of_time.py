@@ -99,7 +99,7 @@ def with_tf32() -> None:
         config = RECIPES["demo"]()
         train(config.model, config.train.batch_size, torch.float32)
     finally:
-        torch.set_float32_matmul_precision(usual)  # type: ignore[no-untyped-call]
+        torch.set_float32_matmul_precision(usual)
 
 
 def windows(window: int, cosine: bool) -> None:
@@ -108,13 +108,13 @@ def windows(window: int, cosine: bool) -> None:
     scale = meta(8, dtype=torch.float32) if cosine else None
     for shift in (0, window // 2):
         qkv = meta(4, 2 * window, 3 * window, 3, 8, 32)
-        ops.window_attention(qkv, table, window, shift, scale, backend="triton").sum().backward()
+        differentiate(ops.window_attention(qkv, table, window, shift, scale, backend="triton"))
 
 
 def guidance(size: int) -> None:
     """86 of 144 cells masked."""
     q, k, v = meta(32, 58, 8, size), meta(32, 86, 8, size), meta(32, 86, 8, size)
-    ops.guidance_attention(q, k, v, meta(8, size), meta(8, size), 58, backend="triton").sum().backward()
+    differentiate(ops.guidance_attention(q, k, v, meta(8, size), meta(8, size), 58, backend="triton"))
 
 
 def standardize(side: int) -> None:
@@ -124,10 +124,15 @@ def standardize(side: int) -> None:
 def rows_and_cells(dtype: torch.dtype) -> None:
     """Operations that a recipe's model reaches in one form only, or not at all."""
     index = torch.empty(128, 14, dtype=torch.int32, device="meta")
-    ops.gather_rows(meta(128, 36, 1024, dtype=dtype), index, backend="triton").sum().backward()
+    differentiate(ops.gather_rows(meta(128, 36, 1024, dtype=dtype), index, backend="triton"))
     values, fill = meta(128, 14, 1024, dtype=dtype), meta(1024, dtype=torch.float32)
-    ops.scatter_rows(values, index, fill, 36, backend="triton").sum().backward()
+    differentiate(ops.scatter_rows(values, index, fill, 36, backend="triton"))
     ops.gather_cells(torch.empty(128, 3, 192, 192, dtype=dtype, device="meta"), index, backend="triton")
+
+
+def differentiate(out: Tensor) -> None:
+    """By a gradient that is laid out as a layer behind would write it."""
+    out.backward(torch.empty_like(out))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -284,7 +289,7 @@ def called(function: JITFunction) -> list[JITFunction]:
 
 def table(launches: Iterable[Launch]) -> str:
     head = "kernel", "choices", "types", "registers", "warps", "shared", "spills", "matrix", "loads", "stores", "case"
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for launch in launches:
         if (code := launch.code) is None:
             rows.append((launch.name, "does not compile", *[""] * 8, launch.case))

@@ -1,5 +1,6 @@
 """Packages named apex for tests: one with the interface of NVIDIA's, and PyPI's, which is something else."""
 
+import sys
 from pathlib import Path
 
 NVIDIA = {
@@ -64,3 +65,9 @@ def write(folder: Path, files: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     return folder
+
+
+def forget() -> None:
+    """Let the next import of apex look for it anew."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        del sys.modules[name]

@@ -1,5 +1,6 @@
 """What the command line and YAML files may say, and what is answered when they are wrong."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ BAD = [
     (["--model.image-size", "200"], "image_size 200 must be a multiple of 32"),
     (["--model.encoder", "resnet"], "resnet"),
     (["--train.zero-stage", "0"], "bf16 needs train.zero_stage 1 or more"),
+    (["--optimizer.implementation", "lamb"], "lamb"),
+    (["--optimizer.implementation", "apex", "--train.zero-stage", "3"], "choose adamw or deepspeed, or a lower stage"),
+    (["--train.attention", "flash"], "flash"),
+    (["--train.attention", "sdpa", "--train.backend", "reference"], 'what train.backend "reference" computes'),
+    (["--compile", "--train.zero-stage", "3"], "use stage 2 or less, or leave --compile out"),
+    (["--compile", "--train.attention", "xformers"], "use sdpa, which has the same kernels"),
+    (["--compile", "--train.norm", "apex"], "use torch, whose norms the compiler fuses"),
+    (["--compile", "yes"], "yes"),
     (["word"], "word"),
     (["--config", "missing.yaml"], "missing.yaml"),
 ]
@@ -79,6 +88,30 @@ def test_mistakes_in_a_file_are_named_too(text: str, message: str, tmp_path: Pat
     with pytest.raises(UserError, match=message) as caught:
         parse_config(["--config", str(file)])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "compiled"),
+    [
+        (["--compile"], True),
+        (["--train.compile"], True),
+        (["--compile", "--no-compile"], False),
+        (["--train.no-compile"], False),
+        ([], False),
+    ],
+)
+def test_compile_has_a_short_name(words: list[str], compiled: bool) -> None:
+    assert parse_config(words)[0].train.compile is compiled
+
+
+def test_a_run_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """Its file names none of the choices that came later; they are what it ran with."""
+    content = json.loads(config_to_json(RECIPES["demo"](), "demo"))
+    del content["optimizer"]["implementation"]
+    for name in ("attention", "norm", "compile"):
+        del content["train"][name]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert load_config(tmp_path / "config.json") == RECIPES["demo"]()
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bars, gpu_check, harness
+from benchmarks import bars, gpu_check, harness, kernels, train_step
 from benchmarks.cases import all_cases, class_token_of, guidance_of, window_case
-from benchmarks.kernels import parity
 from benchmarks.peers import Contender, contender, flex_class_token_attention, flex_window_attention
-from benchmarks.train_step import Variant
 from sgmim_fast.config import MODELS
 from sgmim_fast.errors import UserError
 from tests.kernel_cases import DEVICE
@@ -40,6 +39,15 @@ def test_without_a_gpu_there_is_one_clear_line(module: str) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: no CUDA GPU is visible here")
     assert done.stderr.count("\n") == 1
+
+
+def test_kernels_are_imported_where_nothing_is_installed() -> None:
+    """``-S`` leaves out the .pth files of the environment, and with them an editable install."""
+    show = "import benchmarks, sgmim_fast.kernels as kernels; print(kernels.__file__)"
+    path = os.pathsep.join([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    command = [sys.executable, "-S", "-c", show]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py"), done.stderr
 
 
 # -- time
@@ -158,7 +166,7 @@ def test_made_inputs_are_as_the_case_says() -> None:
 def test_right_implementations_pass(name: str) -> None:
     function = contender(name, WINDOWS)
     assert function is not None
-    found = parity(name, function, WINDOWS, torch.float32, torch.device(DEVICE))
+    found = kernels.parity(name, function, WINDOWS, torch.float32, torch.device(DEVICE))
     assert found.correct
     assert found.error < 1e-4
 
@@ -174,7 +182,7 @@ def test_right_implementations_pass(name: str) -> None:
 )
 def test_wrong_implementations_are_named(spoil: Callable[..., Tensor], where: str) -> None:
     function = Contender(lambda **inputs: spoil(WINDOWS.truth(**inputs), inputs["qkv"], inputs["table"]))
-    found = parity("triton", function, WINDOWS, torch.float32, torch.device(DEVICE))
+    found = kernels.parity("triton", function, WINDOWS, torch.float32, torch.device(DEVICE))
     assert not found.correct
     assert found.worst == where
 
@@ -183,7 +191,7 @@ def test_dense_attention_is_what_guidance_replaces() -> None:
     case = guidance_of("tiny", MODELS["sgmim_swin_base"], batch=2)
     function = contender("dense", case)
     assert function is not None
-    assert parity("dense", function, case, torch.float32, torch.device("cpu")).correct
+    assert kernels.parity("dense", function, case, torch.float32, torch.device("cpu")).correct
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -202,10 +210,12 @@ def test_flex_attention_is_class_token_attention() -> None:
 
 
 def test_variants_of_the_step() -> None:
-    assert Variant.parse("torch+sdpa+compile") == Variant("torch+sdpa+compile", "torch", "sdpa", True)
-    assert Variant.parse("triton") == Variant("triton", "triton", "auto", False)
+    assert train_step.Variant.parse("torch+sdpa+compile") == train_step.Variant(
+        "torch+sdpa+compile", "torch", "sdpa", True
+    )
+    assert train_step.Variant.parse("triton") == train_step.Variant("triton", "triton", "auto", False)
     with pytest.raises(UserError, match=r"'fast' in 'triton\+fast' is unknown"):
-        Variant.parse("triton+fast")
+        train_step.Variant.parse("triton+fast")
 
 
 # -- what it amounts to
@@ -319,6 +329,26 @@ def test_verdict_on_memory_accesses(log: str, status: int | None, safe: bool, sa
     found = gpu_check.read_memcheck(log, status)
     assert found[0] == safe
     assert said in found[1]
+
+
+def test_gpu_check_begins_benchmarks_that_understand_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def finished(name: str, command: list[str], seconds: float, *_: Any) -> int:
+        begun.append(name)
+        module, words = command[3], command[4:]
+        options = (
+            {"benchmarks.kernels": kernels, "benchmarks.train_step": train_step}[module].arguments().parse_args(words)
+        )
+        assert options.output.parent == tmp_path
+        assert seconds <= 200
+        return len(begun) == 2  # the second one fails
+
+    monkeypatch.setattr(gpu_check, "finished", finished)
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("kernels", "train_step")}
+    assert not gpu_check.measure(files, gpu_check.Budget(500))
+    assert begun[:2] == ["kernels", "steps of sgmim_swin_base"]
+    assert len(begun) == 8  # one that fails does not stop the rest
 
 
 def test_commands_are_stopped_with_their_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,16 +83,12 @@ def test_position_table_of_the_guidance_does_not_decay() -> None:
 def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], None]]:
     """Installs one of the packages of ``fake_apex`` for the length of a test."""
 
-    def forget() -> None:
-        for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
-            del sys.modules[name]
-
     def install(files: dict[str, str]) -> None:
         monkeypatch.syspath_prepend(fake_apex.write(tmp_path, files))
-        forget()
+        fake_apex.forget()
 
     yield install
-    forget()
+    fake_apex.forget()
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -191,7 +187,7 @@ def test_deepspeeds_own_needs_a_gpu_and_a_compiler(monkeypatch: pytest.MonkeyPat
 
 
 def test_asking_for_adamw_imports_no_apex(tmp_path: Path) -> None:
-    """In a fresh process with both kinds in the way: neither is imported."""
+    """In a fresh process that could import PyPI's package of that name, which would end it."""
     fake_apex.write(tmp_path, fake_apex.PYPI)
     script = (
         "import sys, torch\n"

@@ -1,6 +1,7 @@
 """Building blocks that the encoders, the structure encoder and the guidance block share.
 
-Every parameter is used inside the forward of the module that owns it: under ZeRO-3 that is when it is there.
+Every parameter is used inside the forward of the module that owns it, or of one around it that reads it as an attribute
+of its owner: under ZeRO-3 that is when it is there.
 """
 
 import torch
@@ -46,28 +47,15 @@ class DropPath(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of (B, C, H, W) to channels-last tokens (B, H / p, W / p, E): convolution, then an optional norm.
-
-    It uses the parameters of both at once, so ZeRO-3 must treat it as a leaf.
-    """
+    """Patches of (B, C, H, W) to channels-last tokens (B, H / p, W / p, E): convolution, then an optional norm."""
 
     def __init__(self, channels: int, width: int, patch: int, norm_eps: float | None = 1e-5) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(width, eps=norm_eps)
 
-    def forward(
-        self, x: Tensor, visible: Tensor | None = None, mask_token: Tensor | None = None, backend: str = "auto"
-    ) -> Tensor:
-        """All tokens; or those of the cells ``visible`` (B, V) alone, with ``mask_token`` (E,) elsewhere."""
-        if visible is None or mask_token is None:
-            return self.norm(self.proj(x).permute(0, 2, 3, 1))
-        proj, norm = self.proj, None if isinstance(self.norm, nn.Identity) else self.norm
-        assert proj.bias is not None
-        norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        return ops.embed_visible(
-            x, visible, proj.weight, proj.bias, norm_weight, norm_bias, eps, mask_token, backend=backend
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class QkvLinear(nn.Linear):
@@ -118,9 +106,8 @@ class MaskedEncoder(nn.Module):
             visible: (B, V) int indices of the visible cells: embed those alone. Stands for ``mask``.
             backend: implementation of that.
         """
-        if visible is None:
-            return self.encode(self._embed(image.to(self.mask_token.dtype), mask))
-        return self.encode(self.patch_embed(image, visible, self.mask_token.view(-1), backend))
+        embedded = self._embed(image, mask) if visible is None else self._embed_visible(image, visible, backend)
+        return self.encode(embedded)
 
     def encode(self, x: Tensor) -> Tensor:
         """Embedded tokens (B, H / p, W / p, E) -> (B, L, C)."""
@@ -128,11 +115,19 @@ class MaskedEncoder(nn.Module):
 
     def _embed(self, image: Tensor, mask: Tensor | None) -> Tensor:
         """Plain path: embed every patch, then overwrite masked ones. (B, 3, H, W) -> (B, H / p, W / p, C)."""
-        x = self.patch_embed(image)
+        x = self.patch_embed(image.to(self.mask_token.dtype))
         if mask is None:
             return x
         weight = reference.upsample_mask(mask, self.cell_side).unsqueeze(-1).to(x.dtype)
         return x * (1 - weight) + self.mask_token.view(-1) * weight
+
+    def _embed_visible(self, image: Tensor, visible: Tensor, backend: str) -> Tensor:
+        """Gathered path: embed the visible cells alone; the rest is the mask token. Same result as ``_embed``."""
+        proj, norm = self.patch_embed.proj, self.patch_embed.norm
+        assert proj.bias is not None
+        weight, bias, eps = (None, None, 0.0) if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
+        token = self.mask_token.view(-1)
+        return ops.embed_visible(image, visible, proj.weight, proj.bias, weight, bias, eps, token, backend=backend)
 
 
 def init_trunc_normal(module: nn.Module, cut: float = 2.0) -> None:

@@ -1,5 +1,7 @@
 """LayerNorm by name: PyTorch's, or NVIDIA Apex's fused one in its place."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -41,14 +43,12 @@ def use_norm(model: nn.Module, norm: Norm) -> None:
     """
     check_norm(norm, next(model.parameters()).device)
     fused = nvidia_apex.load("normalization", "FusedLayerNorm") if norm == "apex" else None
+    make: Any = fused or nn.LayerNorm
     for parent in list(model.modules()):
         for name, old in list(parent.named_children()):
-            if type(old) is nn.LayerNorm and fused is not None:
-                new = fused(old.normalized_shape, eps=old.eps)
-            elif fused is None and _is_apex(old):
-                new = nn.LayerNorm(old.normalized_shape, eps=old.eps)
-            else:
+            if not (type(old) is nn.LayerNorm if fused else _is_apex(old)):
                 continue
+            new = make(old.normalized_shape, eps=old.eps)
             new.weight, new.bias = old.weight, old.bias
             new.train(old.training)
             setattr(parent, name, new)

@@ -65,4 +65,4 @@ def compile_step(task: nn.Module) -> None:
 
     What DeepSpeed hooks around the task (timers that change with every step) stays outside.
     """
-    task.forward = torch.compile(task.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+    task.forward = torch.compile(task.forward, dynamic=False, fullgraph=True)

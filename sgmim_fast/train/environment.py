@@ -8,25 +8,29 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "triton", "deepspeed", "timm", "numpy", "pillow", "safetensors")
 
 
-def describe_environment(device: torch.device, world_size: int) -> dict[str, str | int]:
+def describe_environment(device: "torch.device", world_size: int) -> dict[str, str | int]:
     """Versions, hardware and command of this process."""
     found: dict[str, str | int] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),  # where this machine keeps its Python tells nobody
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count() or 0,
         "world_size": world_size,
         "commit": _commit(),
     }
     if device.type == "cuda":
+        import torch
+
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
     for package in PACKAGES:
         try:
@@ -36,7 +40,8 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, str
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model of the processor, as the system names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

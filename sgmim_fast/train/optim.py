@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 from bisect import bisect_right
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
     if config.implementation == "apex":
         fused_adam = nvidia_apex.load("optimizers", "FusedAdam")
     else:
-        from deepspeed.ops.adam import FusedAdam as fused_adam
+        fused_adam = import_module("deepspeed.ops.adam").FusedAdam
     try:
         optimizer: torch.optim.Optimizer = fused_adam(groups, adam_w_mode=True, **options)
     except Exception as error:

@@ -1,0 +1,97 @@
+"""Real runs with another attention and with ``--compile``; what is asked for and cannot run stops them first."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_training import arguments, refuse, rows, succeed, train
+from tiny_run import make_pairs
+
+# Few operations: each of them is a program to build when the step is compiled.
+SMALL = {
+    "model__encoder": "vit",
+    "model__patch_size": "16",
+    "model__embed_dim": "16",
+    "model__depths": "1",
+    "model__num_heads": "2",
+    "model__guidance": "none",
+    "train__max_steps": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(tmp_path_factory.mktemp("options") / "pairs", count=8)
+
+
+@pytest.fixture(scope="module")
+def one_rank(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps with nothing chosen."""
+    output = tmp_path_factory.mktemp("one_rank") / "run"
+    succeed(train(1, arguments(pairs, output, **SMALL)))
+    return output
+
+
+def assert_same_losses(run: Path, other: Path) -> None:
+    assert len(rows(run)) == 2
+    for got, expected in zip(rows(run), rows(other), strict=True):
+        for name in ("loss", "image_loss", "lr", "grad_norm"):
+            assert got[name] == pytest.approx(expected[name], rel=1e-5), (name, got["step"])
+
+
+def test_a_compiled_run_has_the_losses_of_the_eager_one(one_rank: Path, pairs: Path, tmp_path: Path) -> None:
+    out = succeed(train(1, [*arguments(pairs, tmp_path / "run", **SMALL), "--compile"]))
+    assert "ZeRO 1, compiled; 2 steps" in out
+    assert_same_losses(tmp_path / "run", one_rank)
+
+
+def test_so_has_one_on_two_ranks(pairs: Path, tmp_path: Path) -> None:
+    for name, words in (("eager", []), ("compiled", ["--compile"])):
+        succeed(train(2, [*arguments(pairs, tmp_path / name, **SMALL, train__zero_stage=2), *words]))
+    assert_same_losses(tmp_path / "compiled", tmp_path / "eager")
+
+
+def test_so_has_one_with_another_attention(one_rank: Path, pairs: Path, tmp_path: Path) -> None:
+    succeed(train(1, arguments(pairs, tmp_path / "run", **SMALL, train__attention="sdpa")))
+    assert_same_losses(tmp_path / "run", one_rank)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train__attention": "xformers"}, 'attention "xformers" cannot run here: it needs a GPU'),
+        ({"train__norm": "apex"}, 'norm "apex" cannot run here'),
+        ({"optimizer__implementation": "apex"}, 'optimizer.implementation "apex" cannot run here'),
+        ({"optimizer__implementation": "deepspeed"}, "its FusedAdam needs a GPU"),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+def test_what_cannot_run_stops_a_run_before_it_starts(
+    options: dict[str, str], message: str, pairs: Path, tmp_path: Path
+) -> None:
+    refuse(arguments(pairs, tmp_path / "run", **SMALL, **options), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_compiler_stops_a_run_before_it_starts(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refuse([*arguments(pairs, tmp_path / "run", **SMALL), "--compile"], "--compile cannot run here: no C++ compiler")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_optimizer_cannot_take_up_a_run(one_rank: Path, pairs: Path, tmp_path: Path) -> None:
+    """Each keeps its state in its own way; a run from before the choice had the one of PyTorch."""
+    run = shutil.copytree(one_rank, tmp_path / "run")
+    words = [*arguments(pairs, run, **SMALL | {"train__max_steps": "3"}), "--resume"]
+    state = run / "checkpoints" / "step_000002" / "state.json"
+    content = json.loads(state.read_text())
+    assert content["optimizer"] == "adamw"
+    state.write_text(json.dumps(content | {"optimizer": "deepspeed"}))
+    refuse(words, "was written with optimizer = deepspeed, this run has adamw")
+    del content["optimizer"]
+    state.write_text(json.dumps(content))
+    succeed(train(1, words))
+    assert [row["step"] for row in rows(run)] == [1, 2, 3]
