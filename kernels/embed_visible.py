@@ -33,11 +33,11 @@ def _weights(p_w, p_bias, o_e, o_x, E, X):
 
 
 @triton.jit
-def _inputs(p_image, i_cell, o_t, o_x, X, W, s_c, s_y, s_x, P: tl.constexpr, DTYPE: tl.constexpr):
+def _inputs(p_image, i_cell, o_t, o_x, X, W, s_c, s_y, s_x, P: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr):
     """Pixels of a cell's tokens, with a one that the bias is multiplied by, [BM, BX]."""
     p_pixels = p_image + pixels(i_cell, o_t, o_x, W, s_c, s_y, s_x, P)
     b_x = tl.load(p_pixels, mask=(o_x < X)[None, :], other=0.0)
-    return tl.where((o_x == X)[None, :], 1.0, b_x).to(DTYPE)
+    return tl.where((o_x == X)[None, :], 1.0, b_x.to(ACC)).to(DTYPE)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _embed(
     p_out += o_out[:, None] + o_e[None, :]  # [BM, BE]
     if (place >= 0) & (bad == 0):
         o_x = tl.arange(0, BX)
-        b_x = _inputs(p_image + i_b * s_b, i_cell, o_t, o_x, X, W, s_c, s_y, s_x, P, DTYPE)
+        b_x = _inputs(p_image + i_b * s_b, i_cell, o_t, o_x, X, W, s_c, s_y, s_x, P, ACC, DTYPE)
         b_y = dot(b_x, tl.trans(_weights(p_w, p_bias, o_e, o_x, E, X)), "ieee").to(ACC)  # [BM, BE]
         if NORM:
             b_y = tl.where(m_e[None, :], b_y - (tl.sum(b_y, 1) / E)[:, None], 0.0)
@@ -120,7 +120,7 @@ def _embed_backward(
         o_t = i_tile % PARTS * BM + tl.arange(0, BM)
         i_cell = tl.load(p_index + i_b * s_ib + i_v * s_iv)
         i_cell = tl.minimum(tl.maximum(i_cell, 0), G - 1)  # what is out of range has made this sample NaN
-        b_z = _inputs(p_image + i_b * s_b, i_cell, o_t, o_x, X, W, s_c, s_y, s_x, P, DTYPE)  # [BM, BX]
+        b_z = _inputs(p_image + i_b * s_b, i_cell, o_t, o_x, X, W, s_c, s_y, s_x, P, ACC, DTYPE)  # [BM, BX]
         o_row = (i_cell // W * SIDE + o_t // SIDE).to(tl.int64)
         o_column = (i_cell % W * SIDE + o_t % SIDE).to(tl.int64)
         p_rows = p_g + i_b * s_gb + (o_row * s_gy + o_column * s_gx)[:, None] + o_e[None, :] * s_ge

@@ -52,8 +52,8 @@ def _pick(b_sorted, rank, S: tl.constexpr):
 
 @triton.jit
 def _quarters(b_x, W: tl.constexpr):
-    """Four blocks [W, 32] of a block [W, 128], such that no value leaves the thread that has loaded it."""
-    b_0, b_1 = tl.split(tl.reshape(b_x, [W, 32, 2, 2]))
+    """Four blocks [W * 32] of a block [W, 128], such that no value leaves the thread that has loaded it."""
+    b_0, b_1 = tl.split(tl.reshape(b_x, [W * 32, 2, 2]))
     return tl.split(b_0) + tl.split(b_1)
 
 
@@ -66,11 +66,11 @@ def _collect(
     Returns the longest list's length and that of all, how many values are below a, how many in (b, c), the sum and the
     sum of squares of the latter less ``shift``, and a number that is NaN if the row holds a NaN or an infinity.
     """
-    b_below = tl.zeros([W, 32], tl.int32)
-    b_between = tl.zeros([W, 32], tl.int32)
-    b_sum = tl.zeros([W, 32], tl.float64)
-    b_square = tl.zeros([W, 32], tl.float64)
-    b_odd = tl.zeros([W, 32], ACC)
+    b_below = tl.zeros([W * 32], tl.int32)
+    b_between = tl.zeros([W * 32], tl.int32)
+    b_sum = tl.zeros([W * 32], tl.float64)
+    b_square = tl.zeros([W * 32], tl.float64)
+    b_odd = tl.zeros([W * 32], ACC)
     b_filled = tl.zeros([W], tl.int32)
     o_0 = tl.arange(0, W)[:, None] * 128 + tl.arange(0, 128)[None, :]  # [W, 128]
     o_1 = o_0 + W * 128
@@ -81,9 +81,9 @@ def _collect(
         b_values = _quarters(b_0.to(ACC), W) + _quarters(b_1.to(ACC), W)
         b_0 = tl.load(p_row + (i + o_0) * s_column, mask=i + o_0 < n, other=LARGEST)  # for the next turn
         b_1 = tl.load(p_row + (i + o_1) * s_column, mask=i + o_1 < n, other=LARGEST)
-        b_codes = tl.zeros([W, 32], tl.int32)  # a count in each byte: listed, below, between
-        b_off_sum = tl.zeros([W, 32], ACC)
-        b_off_square = tl.zeros([W, 32], ACC)
+        b_codes = tl.zeros([W * 32], tl.int32)  # a count in each byte: listed, below, between
+        b_off_sum = tl.zeros([W * 32], ACC)
+        b_off_square = tl.zeros([W * 32], ACC)
         for j in tl.static_range(8):
             b_x = b_values[j]
             m_between = (b_x > b) & (b_x < c)
@@ -96,8 +96,8 @@ def _collect(
         b_square += b_off_square.to(tl.float64)
         b_between += b_codes >> 16
         b_below += (b_codes >> 8) & 255
-        b_listed = b_codes & 255
-        b_place = o_lists + b_filled[:, None] + tl.cumsum(b_listed, 1) - b_listed
+        b_listed = tl.reshape(b_codes & 255, [W, 32])
+        b_place = tl.reshape(o_lists + b_filled[:, None] + tl.cumsum(b_listed, 1) - b_listed, [W * 32])
         b_filled += tl.sum(b_listed, 1)
         for j in tl.static_range(8):
             b_x = b_values[j]
@@ -114,7 +114,7 @@ def _collect(
 
 @triton.jit
 def _listed(p_lists, o_lists, i, W: tl.constexpr):
-    """Values i to i + 255 of each list, in eight blocks [W, 32]."""
+    """Values i to i + 255 of each list, in eight blocks [W * 32]."""
     o = o_lists + i + tl.arange(0, 128)[None, :]
     return _quarters(tl.load(p_lists + o), W) + _quarters(tl.load(p_lists + o + 128), W)
 
@@ -122,7 +122,7 @@ def _listed(p_lists, o_lists, i, W: tl.constexpr):
 @triton.jit
 def _count(p_lists, o_lists, longest, low, high, W: tl.constexpr):
     """How many listed values are at most ``low``, and at most ``high``."""
-    b_codes = tl.zeros([W, 32], tl.int32)  # a count in each half: at most low, at most high
+    b_codes = tl.zeros([W * 32], tl.int32)  # a count in each half: at most low, at most high
     for i in range(0, longest, 256):
         b_values = _listed(p_lists, o_lists, i, W)
         for j in tl.static_range(8):
@@ -188,14 +188,14 @@ def _statistics(
     # What lies above the lower one up to the upper one, plus the equals of the lower one that a sort would keep, less
     # those of the upper one that it would not.
     low_end, high_end = _value(low_1), _value(high_1)
-    b_low = tl.full([W, 32], float("-inf"), ACC)
-    b_high = tl.full([W, 32], float("-inf"), ACC)
-    b_sum = tl.zeros([W, 32], tl.float64)
-    b_square = tl.zeros([W, 32], tl.float64)
+    b_low = tl.full([W * 32], float("-inf"), ACC)
+    b_high = tl.full([W * 32], float("-inf"), ACC)
+    b_sum = tl.zeros([W * 32], tl.float64)
+    b_square = tl.zeros([W * 32], tl.float64)
     for i in range(0, longest, 256):
         b_values = _listed(p_lists, o_lists, i, W)
-        b_off_sum = tl.zeros([W, 32], ACC)
-        b_off_square = tl.zeros([W, 32], ACC)
+        b_off_sum = tl.zeros([W * 32], ACC)
+        b_off_square = tl.zeros([W * 32], ACC)
         for j in tl.static_range(8):
             b_x = b_values[j]
             b_low = tl.maximum(b_low, tl.where(b_x <= low_end, b_x, float("-inf")))

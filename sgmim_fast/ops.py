@@ -323,9 +323,19 @@ def masked_l1(prediction: Tensor, picture: Tensor, index: Tensor, *, backend: st
 
 
 def standardize_structure(maps: Tensor, *, backend: str = "auto") -> Tensor:
-    """Structure maps (B, C, H, W) standardised by their trimmed mean and variance, each channel on its own."""
+    """Structure maps (B, C, H, W) standardised by their trimmed mean and variance, each channel on its own.
+
+    A channel that holds a NaN or an infinity becomes NaN as a whole.
+    """
     _check(maps.dim() == 4 and maps.is_floating_point(), f"maps must be float (B, C, H, W); got {tuple(maps.shape)}")
+    _check(maps.shape[2] * maps.shape[3] > 2, f"maps must have 3 pixels or more; got {tuple(maps.shape)}")
     rows = maps.flatten(2).flatten(0, 1)
-    plain = resolve_backend(backend, maps) == "reference"
+    backend = resolve_backend(backend, maps)
+    if backend == "triton":
+        from sgmim_fast.kernels import trimmed_stats as kernels
+
+        _check_no_gradient(maps)
+        return kernels.standardize(rows, *kernels.trimmed_stats(rows)).view(maps.shape)
+    plain = backend == "reference"
     mean, variance = (reference.trimmed_stats if plain else reference.trimmed_stats_by_selection)(rows)
     return reference.standardize(maps, mean, variance)

@@ -260,8 +260,15 @@ def _trim(count: int) -> tuple[int, int]:
     return int(0.1 * count), int(0.9 * count)
 
 
+def _nan_if_odd(values: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    whole = values.isfinite().all(1)
+    return torch.where(whole, mean, torch.nan), torch.where(whole, variance, torch.nan)
+
+
 def trimmed_stats(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each row between its 10 % and 90 % order statistics, by sorting.
+
+    A row that holds a NaN or an infinity gets NaN for both, so that one among the values that are left out shows, too.
 
     Args:
         values: (R, n).
@@ -271,13 +278,13 @@ def trimmed_stats(values: Tensor) -> tuple[Tensor, Tensor]:
     """
     start, stop = _trim(values.shape[1])
     kept = values.sort(1).values[:, start:stop]
-    return kept.mean(1), kept.var(1)
+    return _nan_if_odd(values, kept.mean(1), kept.var(1))
 
 
 def trimmed_stats_by_selection(values: Tensor) -> tuple[Tensor, Tensor]:
     """``trimmed_stats`` without the sort: two order statistics bound the kept values, and ties are counted.
 
-    Of the values equal to a bound only as many are kept as the sort would keep.
+    Of the values equal to a bound only as many are kept as the sort would keep. A NaN or an infinity shows likewise.
     """
     start, stop = _trim(values.shape[1])
     low = values.kthvalue(start + 1, dim=1, keepdim=True).values
@@ -293,7 +300,7 @@ def trimmed_stats_by_selection(values: Tensor) -> tuple[Tensor, Tensor]:
 
     mean = total(values, low, high) / kept
     square = total((values - mean) ** 2, (low - mean) ** 2, (high - mean) ** 2)
-    return mean.squeeze(1), (square / (kept - 1)).squeeze(1)
+    return _nan_if_odd(values, mean.squeeze(1), (square / (kept - 1)).squeeze(1))
 
 
 def standardize(maps: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

@@ -210,7 +210,9 @@ def test_gradcheck() -> None:
     values = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     fill = torch.randn(3, dtype=torch.float64, requires_grad=True)
     index = distinct(2, 3, 5)
-    assert torch.autograd.gradcheck(lambda values, fill: scatter(values, fill, index, 5), (values, fill), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda values, fill: scatter(values, fill, index, 5), (values, fill), fast_mode=True
+    )
 
 
 def test_full_graph_compilation() -> None:
