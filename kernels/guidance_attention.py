@@ -1,8 +1,8 @@
 """Cross-attention to context keys and one null key that stands for ``count`` equal ones.
 
 Key number NK is the null token: one more row of the key tile, read from its own address, whose logit has log(count)
-added. Where a tile holds all keys the backward is one kernel, which needs neither the output nor the row sums of
-gradient times output; longer contexts take a pass over queries and a pass over keys.
+added. Where a tile holds all keys the backward is one kernel; longer contexts take a pass over queries and a pass over
+keys. Not the log of the softmax denominator is kept but its two parts: in float32 their sum would lose a digit.
 
 Shape letters: B batch, NQ queries, NK context keys without the null key, T heads, D head size; tiles of BM queries,
 BN keys and BD >= D channels. Logits are in base 2: scaled by log2(e).
@@ -67,7 +67,9 @@ def _store_rows(p_x, s_n, o_n, N, b_x, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _store_rows_and_null(p_x, s_n, p_null, o_null, o_n, NK, b_x, COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def _store_rows_and_null(
+    p_x, s_n, p_null, o_null, o_n, NK, b_x, COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
     """The same for keys or values, with row NK to the null token's ``p_null + o_null`` if it is counted."""
     if not COUNTED:
         _store_rows(p_x, s_n, o_n, NK, b_x, D, BD)
@@ -80,13 +82,13 @@ def _store_rows_and_null(p_x, s_n, p_null, o_null, o_n, NK, b_x, COUNTED: tl.con
 
 @triton.jit
 def _forward(
-    p_q, p_k, p_v, p_null_k, p_null_v, p_out, p_max,
+    p_q, p_k, p_v, p_null_k, p_null_v, p_out, p_softmax,
     s_qb, s_qn, s_qt, s_qd, s_kb, s_kn, s_kt, s_kd, s_vb, s_vn, s_vt, s_vd, s_nkt, s_nkd, s_nvt, s_nvd,
     NQ, NK, T, count,
     COUNTED: tl.constexpr, ONE_TILE: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one sample and head: output, and each row's largest logit and softmax denominator."""
+    """One tile of queries of one sample and head: output; each row's largest logit and softmax denominator."""
     i_b, i_m, i_t = _place(tl.cdiv(NQ, BM), T)
     o_m = i_m * BM + tl.arange(0, BM)
     p_k += i_b * s_kb + i_t * s_kt
@@ -116,14 +118,14 @@ def _forward(
         b_sum += tl.sum(b_p, 1)
         b_out += dot(b_p.to(b_q.dtype), b_v, PRECISION)
     _store_rows(p_out + (i_b * NQ * T + i_t) * D, T * D, o_m, NQ, b_out / b_sum[:, None], D, BD)
-    p_max += (i_b * T + i_t) * 2 * NQ
-    tl.store(p_max + o_m, b_max, mask=o_m < NQ)
-    tl.store(p_max + NQ + o_m, b_sum, mask=o_m < NQ)
+    p_softmax += (i_b * T + i_t) * 2 * NQ
+    tl.store(p_softmax + o_m, b_max, mask=o_m < NQ)
+    tl.store(p_softmax + NQ + o_m, b_sum, mask=o_m < NQ)
 
 
 @triton.jit
 def _backward_keys(
-    p_q, p_k, p_v, p_null_k, p_null_v, p_dout, p_max, p_delta, p_dq, p_dk, p_dv, p_part_k, p_part_v,
+    p_q, p_k, p_v, p_null_k, p_null_v, p_dout, p_softmax, p_delta, p_dq, p_dk, p_dv, p_part_k, p_part_v,
     s_qb, s_qn, s_qt, s_qd, s_kb, s_kn, s_kt, s_kd, s_vb, s_vn, s_vt, s_vd, s_nkt, s_nkd, s_nvt, s_nvd,
     s_ob, s_on, s_od,
     NQ, NK, T, count,
@@ -135,7 +137,7 @@ def _backward_keys(
     o_n = i_n * BN + tl.arange(0, BN)
     p_q += i_b * s_qb + i_t * s_qt
     p_dout += i_b * s_ob + i_t * D * s_od
-    p_max += (i_b * T + i_t) * 2 * NQ
+    p_softmax += (i_b * T + i_t) * 2 * NQ
     if COUNTED:
         p_null_k += i_t * s_nkt
         p_null_v += i_t * s_nvt
@@ -150,8 +152,8 @@ def _backward_keys(
         o_m = i_m * BM + tl.arange(0, BM)
         b_q = _rows(p_q, s_qn, s_qd, o_m, NQ, D, BD)  # [BM, BD]
         b_dout = _rows(p_dout, s_on, s_od, o_m, NQ, D, BD).to(b_q.dtype)  # [BM, BD]
-        b_max = tl.load(p_max + o_m, mask=o_m < NQ, other=float("inf"))  # [BM]
-        b_sum = tl.load(p_max + NQ + o_m, mask=o_m < NQ, other=1.0)  # [BM]
+        b_max = tl.load(p_softmax + o_m, mask=o_m < NQ, other=float("inf"))  # [BM]
+        b_sum = tl.load(p_softmax + NQ + o_m, mask=o_m < NQ, other=1.0)  # [BM]
         # Keys down, queries across: weights and their gradients are then left operands straight from registers.
         b_s = dot(b_k, tl.trans(b_q), PRECISION) * (SCALE * _LOG2E) + b_mask[:, None]  # [BN, BM]
         b_e = tl.exp2(b_s - b_max[None, :]) * b_weight[:, None]
@@ -175,7 +177,7 @@ def _backward_keys(
 
 @triton.jit
 def _backward_queries(
-    p_q, p_k, p_v, p_null_k, p_null_v, p_out, p_dout, p_max, p_delta, p_dq,
+    p_q, p_k, p_v, p_null_k, p_null_v, p_out, p_dout, p_softmax, p_delta, p_dq,
     s_qb, s_qn, s_qt, s_qd, s_kb, s_kn, s_kt, s_kd, s_vb, s_vn, s_vt, s_vd, s_nkt, s_nkd, s_nvt, s_nvd,
     s_ob, s_on, s_od,
     NQ, NK, T, count,
@@ -196,9 +198,9 @@ def _backward_queries(
     b_delta = tl.sum(b_dout.to(ACC) * b_out.to(ACC), 1)  # [BM]
     tl.store(p_delta + (i_b * T + i_t) * NQ + o_m, b_delta, mask=o_m < NQ)
     b_dout = b_dout.to(b_q.dtype)
-    p_max += (i_b * T + i_t) * 2 * NQ
-    b_max = tl.load(p_max + o_m, mask=o_m < NQ, other=float("inf"))  # [BM]
-    b_sum = tl.load(p_max + NQ + o_m, mask=o_m < NQ, other=1.0)  # [BM]
+    p_softmax += (i_b * T + i_t) * 2 * NQ
+    b_max = tl.load(p_softmax + o_m, mask=o_m < NQ, other=float("inf"))  # [BM]
+    b_sum = tl.load(p_softmax + NQ + o_m, mask=o_m < NQ, other=1.0)  # [BM]
     b_dq = tl.zeros([BM, BD], ACC)
     for i_n in range(1 if ONE_TILE else tl.cdiv(NK + COUNTED, BN)):
         o_n = i_n * BN + tl.arange(0, BN)
@@ -226,7 +228,7 @@ def _sum_rows(p_x, p_sum, o_c, B, N, BR: tl.constexpr, BC: tl.constexpr, ACC: tl
 
 @triton.jit
 def _sum_parts(p_part_k, p_part_v, p_dnull_k, p_dnull_v, B, N, BR: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr):
-    """Gradients (B, N) of the null key and value in each sample, summed over samples in a fixed order."""
+    """Gradients (B, N) of the null key and value in each sample, summed over samples, in the same order each time."""
     o_c = tl.program_id(0) // 2 * BC + tl.arange(0, BC)
     if tl.program_id(0) % 2 == 0:
         _sum_rows(p_part_k, p_dnull_k, o_c, B, N, BR, BC, ACC)
@@ -274,7 +276,7 @@ def key_blocks(queries: int, keys: int, size: int, width: int) -> Blocks:
     return Blocks(BM, BN, 8 if BN * channels >= 64 * 128 else BN // 16, 2)
 
 
-def _rows_of(q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None) -> tuple[Any, ...]:
+def _inputs(q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None) -> tuple[Any, ...]:
     """The inputs as kernels take them: null token in the dtype of its peers, and all strides."""
     strides = (*q.stride(), *k.stride(), *v.stride())
     if null_k is None or null_v is None:
@@ -318,13 +320,13 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, NQ, T * D); largest logits and softmax denominators (B, T, 2, NQ)."""
     out, statistics = _attend_fake(q, k, v, null_k, null_v, count)
-    inputs, strides = _rows_of(q, k, v, null_k, null_v)
+    inputs, strides = _inputs(q, k, v, null_k, null_v)
     (B, NQ, T, D), N = q.shape, k.shape[1] + (count > 0)
     blocks = query_blocks(NQ, N, D, q.element_size())
     with launch.on_device(q):
         _forward[(B * T * launch.ceil_div(NQ, blocks.queries),)](
             *inputs, out, statistics, *strides,
-            ONE_TILE=N <= blocks.keys, **_options(q, k, count, blocks),
+            ONE_TILE=blocks.keys >= N, **_options(q, k, count, blocks),
         )  # fmt: skip
     return out, statistics
 
@@ -343,8 +345,9 @@ def _attend_backward(
     out: Tensor, statistics: Tensor, dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, null_k, null_v; the last two are empty if there is no null token."""
-    gradients = dq, dk, dv, dnull_k, dnull_v = _attend_backward_fake(q, k, v, null_k, null_v, count, out, statistics, dout)
-    inputs, strides = _rows_of(q, k, v, null_k, null_v)
+    gradients = _attend_backward_fake(q, k, v, null_k, null_v, count, out, statistics, dout)
+    dq, dk, dv, dnull_k, dnull_v = gradients
+    inputs, strides = _inputs(q, k, v, null_k, null_v)
     (B, NQ, T, D), N = q.shape, k.shape[1] + (count > 0)
     blocks = key_blocks(NQ, N, D, q.element_size())
     key_tiles = launch.ceil_div(N, blocks.keys)
@@ -359,11 +362,11 @@ def _attend_backward(
             of_queries = query_blocks(NQ, N, D, q.element_size())
             _backward_queries[(B * T * launch.ceil_div(NQ, of_queries.queries),)](
                 *inputs, out, dout, statistics, delta, dq, *strides,
-                ONE_TILE=N <= of_queries.keys, **_options(q, k, count, of_queries),
+                ONE_TILE=of_queries.keys >= N, **_options(q, k, count, of_queries),
             )  # fmt: skip
         _backward_keys[(B * T * key_tiles,)](
             *inputs, dout, statistics, delta, dq, dk, dv, part_k, part_v, *strides,
-            WHOLE=whole, ONE_TILE=NQ <= blocks.queries, **_options(q, k, count, blocks),
+            WHOLE=whole, ONE_TILE=blocks.queries >= NQ, **_options(q, k, count, blocks),
         )  # fmt: skip
         if count:
             _sum_parts[(2 * launch.ceil_div(T * D, 32),)](

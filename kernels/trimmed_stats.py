@@ -188,6 +188,8 @@ def _statistics(
     # What lies above the lower one up to the upper one, plus the equals of the lower one that a sort would keep, less
     # those of the upper one that it would not.
     low_end, high_end = _value(low_1), _value(high_1)
+    if between == 0:  # nothing is summed up yet, and the sample may have led astray here, too
+        shift = low_end * 0.5 + high_end * 0.5
     b_low = tl.full([W * 32], float("-inf"), ACC)
     b_high = tl.full([W * 32], float("-inf"), ACC)
     b_sum = tl.zeros([W * 32], tl.float64)
@@ -218,9 +220,8 @@ def _statistics(
 
 
 @triton.jit
-def _standardize(
-    p_values, p_mean, p_variance, p_out, s_row, s_column, n, BN: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+def _standardize(p_values, p_mean, p_variance, p_out, s_row, s_column, n, BN: tl.constexpr, ACC: tl.constexpr):
+    """(x - mean) / sqrt(variance + 1e-6) of a run of BN values of a row."""
     i_p, blocks = tl.program_id(0), tl.cdiv(n, BN)
     i_r = (i_p // blocks).to(tl.int64)
     o_n = i_p % blocks * BN + tl.arange(0, BN)  # [BN]

@@ -16,6 +16,7 @@ from sgmim_fast.masking import CELL
 BACKENDS = ("auto", "reference", "torch", "triton")
 LARGEST_WINDOW = 64
 LARGEST_HEAD = 128
+LARGEST_MAP = 2**24  # pixels
 
 
 def resolve_backend(backend: str, x: Tensor) -> str:
@@ -328,7 +329,8 @@ def standardize_structure(maps: Tensor, *, backend: str = "auto") -> Tensor:
     A channel that holds a NaN or an infinity becomes NaN as a whole.
     """
     _check(maps.dim() == 4 and maps.is_floating_point(), f"maps must be float (B, C, H, W); got {tuple(maps.shape)}")
-    _check(maps.shape[2] * maps.shape[3] > 2, f"maps must have 3 pixels or more; got {tuple(maps.shape)}")
+    pixels = maps.shape[2] * maps.shape[3]
+    _check(2 < pixels <= LARGEST_MAP, f"maps must have 3 to {LARGEST_MAP} pixels; got {tuple(maps.shape)}")
     rows = maps.flatten(2).flatten(0, 1)
     backend = resolve_backend(backend, maps)
     if backend == "triton":

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sgmim_fast import ModelConfig, UserError, create_model
 from sgmim_fast.config import MODELS
+from sgmim_fast.kernels import launch
 from sgmim_fast.masking import draw_cell_mask, mask_indices, masked_cell_count, sample_rng
 from sgmim_fast.models.layers import merge_neighbours
 from sgmim_fast.models.sgmim import SGMIM
@@ -229,7 +230,8 @@ def test_unknown_names_are_refused() -> None:
         create_model(tiny("swin"), backend="cuda")  # type: ignore[arg-type]
 
 
-def test_what_is_asked_for_by_name_fails_rather_than_falls_back() -> None:
+def test_what_is_asked_for_by_name_fails_rather_than_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)  # as outside of tests, where kernels need a GPU
     model = create_model(tiny("swin"))
     with pytest.raises(UserError, match="triton"):
         model.set_backend("triton")
