@@ -179,8 +179,8 @@ def list_block(entries: int, rows: int) -> int:
 
 
 def fill_programs(tiles: int) -> int:
-    """Programs that share ``tiles`` tiles of rows: six a multiprocessor of a large GPU, each writes partial sums."""
-    return min(tiles, 792)
+    """Programs that share ``tiles`` tiles of rows: three a multiprocessor of a large GPU; each leaves partial sums."""
+    return min(tiles, 396)
 
 
 def sums(dtype: torch.dtype) -> torch.dtype:
@@ -241,12 +241,13 @@ def launch_fill_partials(grad: Tensor, index: Tensor, side: int, columns: int) -
     batch, rows, channels = grad.shape
     entries = index.shape[1]
     bn, bc = tile(channels, grad.element_size())
+    bn *= 2  # few programs, so that what they leave is soon added up, of many threads
     programs = fill_programs(batch * ceil_div(rows, bn))
     partials = torch.empty((programs, channels), dtype=sums(grad.dtype), device=grad.device)
     with launch.on_device(grad):
         _fill_partials[(programs * ceil_div(channels, bc),)](
             grad, index, partials, batch, rows, channels, entries, columns, *grad.stride(), *index.stride(),
-            SIDE=side, BN=bn, BC=bc, BK=list_block(entries, bn), ACC=acc(grad.dtype), num_warps=WARPS,
+            SIDE=side, BN=bn, BC=bc, BK=list_block(entries, bn), ACC=acc(grad.dtype), num_warps=2 * WARPS,
         )  # fmt: skip
     return partials
 

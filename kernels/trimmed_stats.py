@@ -208,7 +208,7 @@ def _statistics(
         b_sum += b_off_sum.to(tl.float64)
         b_square += b_off_square.to(tl.float64)
     low, high = tl.max(b_low).to(tl.float64), tl.max(b_high).to(tl.float64)
-    more_low, less_high = (low_upto - rank_low).to(tl.float64), (high_upto - rank_high - 1).to(tl.float64)
+    more_low, less_high = tl.cast(low_upto - rank_low, tl.float64), tl.cast(high_upto - rank_high - 1, tl.float64)
     off_low, off_high = low - shift, high - shift
     total += tl.sum(b_sum) + more_low * off_low - less_high * off_high
     square += tl.sum(b_square) + more_low * off_low * off_low - less_high * off_high * off_high

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -51,15 +52,15 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("poisoned", "tiles")
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_shape(dtype: torch.dtype, data: st.DataObject) -> None:
     count = data.draw(st.sampled_from([0, 1, 14]), "count")
     tensors = case(
         batch=data.draw(st.sampled_from([1, 3]), "batch"),
-        queries=data.draw(st.sampled_from([1, 14, 16, 35]), "queries"),
+        queries=data.draw(st.sampled_from([1, 14, 16, 20]), "queries"),
         keys=data.draw(st.sampled_from([1, 15, 16, 22, 33]), "keys"),
-        heads=data.draw(st.sampled_from([1, 2, 3]), "heads"),
+        heads=data.draw(st.sampled_from([1, 3]), "heads"),
         size=data.draw(st.sampled_from([8, 16, 24, 64]), "size"),
         null=count > 0,
         seed=data.draw(st.integers(0, 99), "seed"),
@@ -166,13 +167,14 @@ def test_gradient_that_is_expanded() -> None:
         torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)
 
 
-def test_null_gradient_sums_every_sample() -> None:
-    """More samples than the last kernel reads at once."""
-    inputs = arguments(batch=131, queries=1, keys=1, heads=1, size=8)
-    found = gradients(attention(*inputs, 2), inputs)
-    wanted = gradients(reference.guidance_attention(*inputs, 2), inputs)
-    for mine, true in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_null_gradient_sums_every_sample(dtype: torch.dtype) -> None:
+    """More samples than the last kernel reads at once, and columns that its blocks do not divide."""
+    parts = [torch.randn(131, 40, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype) for seed in (0, 1)]
+    sums = [torch.full((40,), torch.nan, device=DEVICE) for _ in parts]
+    kernels._sum_parts[(4,)](*parts, *sums, 131, 40, BR=128, BC=32, ACC=triton.language.float32)
+    for found, part in zip(sums, parts, strict=True):
+        torch.testing.assert_close(found, part.double().sum(0).float())
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels take float64 through the interpreter only")
