@@ -28,7 +28,8 @@ def objection(x: Tensor) -> str | None:
         return "it needs tensors on a GPU, and one is on the CPU (TRITON_INTERPRET=1 runs kernels there, slowly)"
     elif x.device.type not in ("cpu", "meta"):  # meta tensors only ask for shapes
         return f"kernels are for CUDA, not for {x.device.type}"
-    if (x.is_floating_point() or x.is_complex()) and x.dtype not in DTYPES and not (INTERPRETED and x.dtype == torch.float64):
+    known = (*DTYPES, torch.float64) if INTERPRETED else DTYPES
+    if (x.is_floating_point() or x.is_complex()) and x.dtype not in known:
         return f"kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     return None
 

@@ -81,4 +81,4 @@ window_attention_forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def _windows(numbers: list[int]) -> Windows:
-    return Windows(*numbers[:-1], bool(numbers[-1]))
+    return Windows._make((*numbers[:-1], bool(numbers[-1])))

@@ -5,6 +5,8 @@ relative position (in ``window_bias``). What is summed over windows is summed a 
 reduction: the same bits in every run. Shape letters as in ``window_tiles``.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -262,7 +264,7 @@ def launch_backward(
     cosine = scale is not None
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     strides = (*qkv.stride(), *bias.stride(), *dout.stride())
-    where = {"dtype": lse.dtype, "device": qkv.device}
+    where: dict[str, Any] = {"dtype": lse.dtype, "device": qkv.device}
     common = {
         "T": heads, "D": size, "BD": block(size), "SHIFT": windows.shift, "COSINE": cosine,
         "PRECISION": dot_precision(qkv.dtype),

@@ -177,7 +177,8 @@ def embed_visible(
         _check_floating(image, weight, *vectors.values())
         _check_no_gradient(image)
         dtype, kind = weight.dtype, image.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):  # as the convolution would be; on CUDA a norm after it gives float32
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            # As the convolution would be cast; on CUDA a norm after it gives float32.
             dtype = torch.get_autocast_dtype(kind)
             weight, bias = weight.to(dtype), bias.to(dtype)
             dtype = torch.float32 if kind == "cuda" and norm_weight is not None else dtype
