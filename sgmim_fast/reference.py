@@ -315,12 +315,14 @@ def local_statistics(picture: Tensor, window: int) -> tuple[Tensor, Tensor]:
     The variance is unbiased and at least 0; the deviation is sqrt(variance + 1e-6).
     """
 
-    def pool(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=False)
+    def pool(x: Tensor, padded: bool = False) -> Tensor:
+        # Columns, then rows: as many additions a pixel as the window has pixels a side, twice.
+        for sides, padding in (((window, 1), (window // 2, 0)), ((1, window), (0, window // 2))):
+            x = F.avg_pool2d(x, sides, stride=1, padding=padding, count_include_pad=padded)
+        return x
 
     mean = pool(picture)
-    ones = torch.ones_like(picture[:1, :1])
-    count = F.avg_pool2d(ones, window, stride=1, padding=window // 2, count_include_pad=True) * window**2
+    count = pool(torch.ones_like(picture[:1, :1]), padded=True) * window**2
     variance = (pool(picture**2) - mean**2) * (count / (count - 1))
     return mean, (variance.clamp(min=0) + 1e-6).sqrt()
 
