@@ -69,9 +69,12 @@ check: $(STAMP)
 	cd $(LINKS) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p sgmim_fast
 	$(BIN)/python -m pytest tests/test_import_direction.py
 
-# One file's tests stay in one process, where they share what they built; one thread each keeps the cores free.
+# One file's tests stay in one process, where they share what they built, and files start in the order of conftest.py;
+# one thread each keeps the cores free.
+SHARED_OUT := -n $$(nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED_OUT)
 
 # Tests and benchmarks of kernels need no installation: importing the package benchmarks makes the kernels importable.
 KERNEL_TESTS = $(shell grep -l kernel_cases tests/test_*.py) tests/test_ahead_of_time.py
@@ -85,8 +88,7 @@ $(OLD_STAMP): $(OLD_PINS) $(if $(PYTHON),,| $(STAMP))
 	@touch $@
 
 test-triton-3.6: $(OLD_STAMP)
-	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -p benchmarks -n $$(nproc) --maxprocesses 8 --dist loadfile \
-	$(KERNEL_TESTS)
+	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -p benchmarks $(SHARED_OUT) $(KERNEL_TESTS)
 
 gpu-check: $(if $(PYTHON),,$(STAMP))
 	@$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(RESULTS:%=--results %)

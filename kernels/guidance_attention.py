@@ -259,7 +259,8 @@ def query_blocks(queries: int, keys: int, size: int, width: int) -> Blocks:
         BN = min(launch.block(keys), 32 if channels <= 64 or keys <= 32 else 16)
         return Blocks(BM, BN, min(8, min(BM, BN) * channels // 128), 1)
     BM = min(launch.block(queries), 64 if channels <= 128 else 32)
-    return Blocks(BM, min(launch.block(keys), 32), BM // (16 if channels <= 128 else 4), 2)
+    warps, stages = (BM // 16, 3) if channels <= 128 else (BM // 4, 2)
+    return Blocks(BM, min(launch.block(keys), 32), warps, stages)
 
 
 def key_blocks(queries: int, keys: int, size: int, width: int) -> Blocks:

@@ -12,6 +12,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Minutes each. What several processes share out (`make test`) must not begin with these last.
+LONG = ("test_triton_golden.py", "test_training.py", "test_ahead_of_time.py", "test_training_options.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return LONG.index(item.path.name) if item.path.name in LONG else len(LONG)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests run side by side in several processes; threads in each would only fight for the cores."""
