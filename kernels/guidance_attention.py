@@ -41,12 +41,11 @@ def _rows(p_x, s_n, s_d, o_n, N, D: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def _rows_and_null(p_x, s_n, s_d, p_null, s_null, o_n, NK, COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """The same of keys or values, with the null token's (D,) as row NK if it is counted."""
-    if not COUNTED:
-        return _rows(p_x, s_n, s_d, o_n, NK, D, BD)
     o_d = tl.arange(0, BD)
     p_rows = p_x + o_n[:, None].to(tl.int64) * s_n + o_d[None, :] * s_d  # [BN, BD]
-    p_rows = tl.where(o_n[:, None] == NK, p_null + o_d[None, :] * s_null, p_rows)
-    return tl.load(p_rows, mask=(o_n[:, None] <= NK) & (o_d[None, :] < D), other=0.0)
+    if COUNTED:
+        p_rows = tl.where(o_n[:, None] == NK, p_null + o_d[None, :] * s_null, p_rows)
+    return tl.load(p_rows, mask=(o_n[:, None] < NK + COUNTED) & (o_d[None, :] < D), other=0.0)
 
 
 @triton.jit

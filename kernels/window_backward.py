@@ -278,8 +278,8 @@ def launch_backward(
             _backward_whole[(heads * count,)](
                 *tensors, out, lse, dout, dqkv, parts, dscale, *strides,
                 total, windows.per_map, group_size(total, heads), height, width,
-                K=windows.width, KP=windows.padded_side, num_warps=whole_warps(True, size, qkv.dtype), num_stages=1,
-                **common,
+                K=windows.width, KP=windows.padded_side, num_stages=1,
+                num_warps=whole_warps(True, windows, size, qkv.dtype), **common,
             )  # fmt: skip
             dbias = sum_whole(parts, windows)
         else:

@@ -166,8 +166,8 @@ def launch_forward(qkv: Tensor, bias: Tensor, scale: Tensor | None, windows: Win
             _forward_whole[(heads * groups(total, heads),)](
                 *tensors, *qkv.stride(), *bias.stride(),
                 total, windows.per_map, group_size(total, heads), height, width,
-                K=windows.width, KP=windows.padded_side, num_warps=whole_warps(False, size, qkv.dtype), num_stages=2,
-                **common,
+                K=windows.width, KP=windows.padded_side, num_stages=2,
+                num_warps=whole_warps(False, windows, size, qkv.dtype), **common,
             )  # fmt: skip
         else:
             choice = tiles("forward", size, qkv.dtype, scale is not None)

@@ -95,7 +95,7 @@ def tiles(kernel: str, head_size: int, dtype: torch.dtype, cosine: bool) -> dict
     wide = head_size > 64
     if kernel == "keys":  # keeps two sums
         return {"BM": 32, "BN": 64, "num_warps": 4 if head_size <= 32 else 8, "num_stages": 2}
-    return {"BM": 64, "BN": 32 if wide or cosine else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
+    return {"BM": 64, "BN": 32 if head_size > 32 or cosine else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
 
 
 def diagonal_tile(windows: Windows, head_size: int, dtype: torch.dtype) -> int:
@@ -104,8 +104,10 @@ def diagonal_tile(windows: Windows, head_size: int, dtype: torch.dtype) -> int:
     return max(1, tokens // windows.padded_side)
 
 
-def whole_warps(backward: bool, head_size: int, dtype: torch.dtype) -> int:
+def whole_warps(backward: bool, windows: Windows, head_size: int, dtype: torch.dtype) -> int:
     """Warps of the kernels that keep a window in one tile."""
+    if windows.padded_side == 4:
+        return 1  # sixteen tokens: with more warps a thread has less than 16 bytes to load
     if dtype == torch.float32:  # exact products take no matrix instructions and many registers
         return 16 if backward else 8
     return 8 if backward or head_size > 64 else 4

@@ -14,10 +14,10 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from sgmim_fast.kernels import window_backward, window_bias, window_forward
 
-    choice = {"BM": 64, "BN": 256, "num_warps": 4, "num_stages": 1}
+    choice = {"BM": 256, "BN": 256, "num_warps": 4, "num_stages": 1}
     for module in (window_forward, window_backward):
         monkeypatch.setattr(module, "tiles", lambda *_: choice)
-    monkeypatch.setattr(window_bias, "diagonal_tile", lambda *_: 4)
+    monkeypatch.setattr(window_bias, "diagonal_tile", lambda *_: 16)
 
 
 # What SimMIM's Swin does is part of what SG-MIM's does.
