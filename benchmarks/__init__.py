@@ -4,10 +4,8 @@ Importing this package makes ``sgmim_fast.kernels`` importable from a checkout i
 otherwise only ``setup.py`` knows that its folder is named ``kernels``.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import sgmim_fast
 
-if find_spec("sgmim_fast.kernels") is None:
-    sgmim_fast.__path__.append(str(Path(__file__).parents[1]))
+sgmim_fast.__path__.append(str(Path(__file__).parents[1]))
