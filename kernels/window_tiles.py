@@ -95,7 +95,8 @@ def tiles(kernel: str, head_size: int, dtype: torch.dtype, cosine: bool) -> dict
     wide = head_size > 64
     if kernel == "keys":  # keeps two sums
         return {"BM": 32, "BN": 64, "num_warps": 4 if head_size <= 32 else 8, "num_stages": 2}
-    return {"BM": 64, "BN": 32 if head_size > 32 or cosine else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
+    narrow = wide if kernel == "forward" else head_size > 32 or cosine
+    return {"BM": 64, "BN": 32 if narrow else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
 
 
 def diagonal_tile(windows: Windows, head_size: int, dtype: torch.dtype) -> int:
