@@ -14,6 +14,7 @@ if len(VERSION) != 1:
 LINUX_ON_64_BITS = "sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 DALI = ["nvidia-dali-cuda130>=2.4"]
 XFORMERS = ["xformers>=0.0.35"]
+MAPS = ["transformers>=5.0"]
 
 setup(
     name="sgmim-fast",
@@ -40,8 +41,11 @@ setup(
     extras_require={
         "dali": DALI,
         "xformers": XFORMERS,
-        "all": [*DALI, *XFORMERS],
+        "maps": MAPS,
+        "all": [*DALI, *XFORMERS, *MAPS],
         "dev": [
+            *DALI,
+            *MAPS,
             "build>=1.2",
             "hypothesis>=6.100",
             "mypy>=2.0",

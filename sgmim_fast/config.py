@@ -17,6 +17,7 @@ Backend = Literal["auto", "reference", "torch", "triton"]
 Attention = Literal["auto", "sdpa", "xformers"]
 Norm = Literal["torch", "apex"]
 OptimizerName = Literal["adamw", "apex", "deepspeed"]
+Loader = Literal["auto", "torch", "dali"]
 GUIDANCE_HEADS = 8  # fixed by the method
 
 
@@ -175,7 +176,15 @@ class DataConfig:
     flip: bool = True
     """Mirror half of the pairs left to right."""
     workers: int = 4
-    """Loader processes a rank; 0 loads in the training process."""
+    """Loader processes a rank (torch; 0 loads in the training process) or decoding threads a rank (dali)."""
+    loader: Loader = "auto"
+    """Who decodes: PyTorch's DataLoader with Pillow ("torch"), NVIDIA "dali", or dali where it can ("auto")."""
+    decode_on: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where dali decodes images and resizes: on the training's GPU if there is one ("auto"), "cpu" or "gpu"."""
+    max_bad_share: float = 0.01
+    """Share of the pairs that may turn out unreadable during a run; others stand in for them. 0 stops at the first."""
+    shuffle_buffer: int = 0
+    """With shards: samples that are mixed at a time, so that each shard is read in one go; 0 mixes all."""
 
     def __post_init__(self) -> None:
         masked_cell_count(1 << 20, self.mask_ratio)
@@ -184,6 +193,10 @@ class DataConfig:
         low, high = self.crop_ratio
         _require(0 < low <= high, f"data.crop_ratio {self.crop_ratio} must satisfy 0 < low <= high")
         _require(self.workers >= 0, f"data.workers {self.workers} must be 0 or more")
+        _one_of("data.loader", self.loader, get_args(Loader))
+        _one_of("data.decode_on", self.decode_on, ("auto", "cpu", "gpu"))
+        _require(0 <= self.max_bad_share < 1, f"data.max_bad_share {self.max_bad_share} must be in [0, 1)")
+        _require(self.shuffle_buffer >= 0, f"data.shuffle_buffer {self.shuffle_buffer} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ CELL = 32  # pixels; SimMIM's mask patch size, and the largest encoder stride
 STREAM_CROP = 0
 STREAM_MASK = 1
 STREAM_ORDER = 2  # of an epoch as a whole, drawn as if about sample 0
+STREAM_SUBSTITUTE = 3
 
 
 def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:

@@ -49,7 +49,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(allocate: Any) -> Any:
         def allocated(*args: Any, **options: Any) -> torch.Tensor:
             tensor = allocate(*args, **options)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+            with torch.no_grad():
+                return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
         return allocated
 

@@ -1,12 +1,16 @@
 """Pairing images with maps: folders and list files, and every way they can be wrong."""
 
+import hashlib
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from sgmim_fast.data.manifest import Manifest, read_manifest
+from sgmim_fast.data.manifest import Manifest, list_pairs, read_manifest
+from sgmim_fast.data.members import Member
+from sgmim_fast.data.pair_list import PairList
 from sgmim_fast.errors import UserError
 
 
@@ -38,8 +42,8 @@ def test_folder_is_paired_by_path_and_stem_in_sorted_order(tmp_path: Path) -> No
         ("images/n02/b.JPEG", "structure/n02/b.png"),
     )
     assert len(manifest) == 4
-    assert manifest.image_path(1) == str(tmp_path / "images/n01/b.png")
-    assert manifest.structure_path(1) == str(tmp_path / "structure/n01/b.npy")
+    assert manifest.members(1)[0].path == str(tmp_path / "images/n01/b.png")
+    assert manifest.members(1)[1] == Member(str(tmp_path / "structure/n01/b.npy"))
 
 
 def test_depth_folder_stands_in_for_structure(tmp_path: Path) -> None:
@@ -53,7 +57,7 @@ def test_without_structure_no_maps_are_needed(tmp_path: Path) -> None:
     touch(tmp_path, "images/b.jpg", "images/a.jpg")
     manifest = read_manifest(tmp_path, structure=False)
     assert manifest.pairs == (("images/a.jpg", None), ("images/b.jpg", None))
-    assert manifest.structure_path(0) is None
+    assert manifest.members(0)[1] is None
     (tmp_path / "list.txt").write_text("images/a.jpg\nimages/b.jpg\tnowhere.png\n")
     assert read_manifest(tmp_path / "list.txt", structure=False).pairs == manifest.pairs
 
@@ -118,8 +122,10 @@ def test_list_paths_may_be_absolute_and_hold_spaces(tmp_path: Path) -> None:
     path = tmp_path / "lists/l.txt"
     path.write_text(f"{tmp_path}/far/my photo.jpg\t../my map, new.png\n")
     manifest = read_manifest(path)
-    assert manifest.image_path(0) == f"{tmp_path}/far/my photo.jpg"
-    assert os.path.samefile(manifest.structure_path(0) or "", tmp_path / "my map, new.png")
+    assert manifest.members(0)[0].path == f"{tmp_path}/far/my photo.jpg"
+    structure = manifest.members(0)[1]
+    assert structure is not None
+    assert os.path.samefile(structure.path, tmp_path / "my map, new.png")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +139,8 @@ def test_list_paths_may_be_absolute_and_hold_spaces(tmp_path: Path) -> None:
         ("l.jsonl", '{"image": "a.jpg", "structure": 3}', "structure must be"),
         ("l.jsonl", '{"image": "a.jpg"}', "names no structure map"),
         ("l.txt", "a.jpg\tb.png", "b.png does not exist"),
+        ("l.txt", "a.jpg\ta\0.png", "no path can have"),
+        ("l.jsonl", '{"image": "a\\ud800.jpg", "structure": "a.png"}', "no path can have"),
     ],
 )
 def test_list_errors_name_the_line(tmp_path: Path, name: str, line: str, word: str) -> None:
@@ -158,3 +166,42 @@ def test_missing_listed_files_are_counted_whichever_way_they_are_looked_up(tmp_p
     os.remove(tmp_path / "s/001.png")
     os.remove(tmp_path / "i/002.jpg")
     refused(tmp_path / "l.txt", "l.txt:2: ", "s/001.png does not exist", "1 other listed files are missing")
+
+
+def test_pair_list_is_a_sequence_of_pairs() -> None:
+    pairs = [("a.jpg", None), ("a.jpg", "a.png"), ("b\udcff.jpg", "b\t\n.png"), ("ü.jpg", "")]
+    listed = PairList.of(pairs)
+    assert listed == tuple(pairs)
+    assert listed == PairList.of(pairs)
+    assert listed != PairList.of(pairs[:3])
+    assert listed != "pairs"
+    assert listed[-1] == listed[3] == ("ü.jpg", "")
+    assert listed[1:3] == tuple(pairs[1:3])
+    assert list(reversed(listed)) == pairs[::-1]
+    with pytest.raises(IndexError):
+        listed[4]
+    in_order = PairList(sorted(listed.entries()))
+    assert [in_order.find(entry) for entry in in_order.entries()] == [0, 1, 2, 3]
+    assert in_order.find(b"a.jpg\0b.png") is None
+    assert listed.images_only() == tuple((image, None) for image, _ in pairs)
+    assert len(PairList([])) == 0
+
+
+def test_fingerprint_is_the_one_of_earlier_versions() -> None:
+    manifest = Manifest(Path("any"), (("images/a.jpg", "structure/a.png"), ("images/b.jpg", None)))
+    text = "images/a.jpg\tstructure/a.png\nimages/b.jpg\t\n"
+    assert manifest.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_memory_of_many_pairs_is_that_of_their_names(tmp_path: Path) -> None:
+    count = 20_000
+    names = [f"n{i // 100:04d}/n{i // 100:04d}_{i:08d}" for i in range(count)]
+    (tmp_path / "l.txt").write_text("".join(f"images/{name}.JPEG\tstructure/{name}.png\n" for name in names))
+    tracemalloc.start()
+    try:
+        listed = list_pairs(tmp_path / "l.txt", True, lambda _: True)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(listed) == count
+    assert held < 100 * count  # bytes; a tuple of two strings takes 260

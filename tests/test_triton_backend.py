@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sgmim_fast import ModelConfig, create_model
+from sgmim_fast.kernels import launch
 from sgmim_fast.masking import mask_indices
 from sgmim_fast.models.sgmim import SGMIM
 from tests.kernel_cases import DEVICE
@@ -118,7 +119,8 @@ def test_autocast(encoder: str) -> None:
         sum(float((run[1][name].double() - gradient).square().sum()) for name, gradient in exact[1].items()) ** 0.5
         for run in (plain, fast)
     ]
-    assert norms[1] <= 2 * norms[0]
+    # Triton's interpreter cuts numbers off to bfloat16 where GPUs round: twice the error of each conversion.
+    assert norms[1] <= (4 if launch.INTERPRETED else 2) * norms[0]
     assert all(gradient.dtype == torch.float32 for gradient in fast[1].values())
 
 
@@ -126,3 +128,27 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere() -> None:
     from sgmim_fast import ops
 
     assert ops.resolve_backend("auto", torch.zeros(1, device=DEVICE)) == ("triton" if DEVICE == "cuda" else "torch")
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "reason"),
+    [
+        ((8, 0), (3, 6), None),
+        ((9, 0), (3, 6), None),
+        ((10, 0), (3, 8), None),
+        ((7, 5), (3, 8), "compute capability 8.0 or newer"),
+        ((10, 3), (3, 6), "needs Triton 3.8 or newer"),
+    ],
+)
+def test_gpus_that_cannot_run_kernels_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: tuple[int, int], reason: str | None
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "TRITON", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    found = launch.objection(torch.zeros(1).as_subclass(OnGpu))
+    assert found is None if reason is None else reason in str(found)

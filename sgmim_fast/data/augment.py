@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from sgmim_fast.config import DataConfig
 
@@ -69,22 +68,25 @@ def central_augmentation(height: int, width: int, size: tuple[int, int]) -> Augm
     return Augmentation(*_central_box(height, width, size[1] / size[0]), flip=False)
 
 
-def augment_image(image: Image.Image, augmentation: Augmentation, size: tuple[int, int]) -> torch.Tensor:
-    """Crop, resize (bilinear, antialiased), flip and normalise an RGB image.
+def crop(values: np.ndarray, augmentation: Augmentation) -> np.ndarray:
+    """The box of an array (H, W, ...), a view."""
+    top, left, height, width, _ = augmentation
+    return values[top : top + height, left : left + width]
+
+
+def finish_image(pixels: torch.Tensor, flip: bool, size: tuple[int, int]) -> torch.Tensor:
+    """Resize (bilinear, antialiased, to 8 bits), flip and normalise a crop.
 
     Args:
+        pixels: (h, w, 3) uint8, RGB.
         size: (height, width) of the result in pixels.
 
     Returns:
-        (3, height, width) float32, ImageNet mean and std removed.
+        (3, height, width) float32, contiguous, ImageNet mean and std removed.
     """
-    top, left, height, width, flip = augmentation
-    # Cropped first: resize(box=...) would let the antialiasing filter see pixels outside the box.
-    image = image.crop((left, top, left + width, top + height))
-    image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return normalize_image(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    # Channels last is what PyTorch's 8-bit kernel is fast for.
+    resized = F.interpolate(pixels.permute(2, 0, 1)[None], size=size, mode="bilinear", antialias=True)[0]
+    return normalize_image(resized.flip(-1) if flip else resized)
 
 
 def normalize_image(image: torch.Tensor) -> torch.Tensor:
@@ -94,19 +96,17 @@ def normalize_image(image: torch.Tensor) -> torch.Tensor:
     return values.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
-def augment_structure(structure: np.ndarray, augmentation: Augmentation, size: tuple[int, int]) -> torch.Tensor:
-    """Crop, resize (bilinear with half-pixel centres, not antialiased) and flip a map.
+def finish_structure(values: torch.Tensor, flip: bool, size: tuple[int, int]) -> torch.Tensor:
+    """Resize (bilinear with half-pixel centres, not antialiased) and flip the crop of a map.
 
     Antialiasing would average depths across edges into depths that nothing in the scene has.
 
     Args:
-        structure: (C, H, W) float32.
+        values: (C, h, w) float32.
         size: (height, width) of the result in pixels.
 
     Returns:
         (C, height, width) float32, contiguous.
     """
-    top, left, height, width, flip = augmentation
-    box = torch.from_numpy(structure[:, top : top + height, left : left + width])
-    resized = F.interpolate(box[None], size=size, mode="bilinear", align_corners=False, antialias=False)[0]
+    resized = F.interpolate(values[None], size=size, mode="bilinear", align_corners=False, antialias=False)[0]
     return resized.flip(-1) if flip else resized.contiguous()

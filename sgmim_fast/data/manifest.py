@@ -1,19 +1,29 @@
 """Which images and structure maps belong together, and in which order.
 
 A data set is either a folder with ``images/`` and ``structure/`` (``depth/`` where there is no
-``structure/``) or a list file of pairs. Nothing is opened here: the folders are only listed, so that
-a million pairs take seconds.
+``structure/``) or a list file of pairs. No image is opened here: the folders are only listed, so that
+a million pairs take seconds. Where ``sgmim verify`` has left its manifest, only the good pairs count.
 """
 
 import csv
-import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from sgmim_fast.data.members import Member, PairMembers
+from sgmim_fast.data.pair_list import Pair, PairList, entry_of, pair_of
+from sgmim_fast.data.verified import (
+    Verification,
+    is_manifest,
+    manifest_path,
+    read_verified,
+    refuse_foreign,
+    source_of,
+    stale_message,
+)
 from sgmim_fast.errors import UserError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".jp2", ".jpx", ".j2k"))
@@ -22,35 +32,49 @@ LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".jsonl")
 _MAP_FOLDERS = ("structure", "depth")
 _FEW = 64  # up to this many listed files of one folder are looked up singly; more cost one listing of the folder
 
-Pair = tuple[str, str | None]
 
-
-@dataclass(frozen=True)
 class Manifest:
-    """The pairs of a data set, sorted; a sample's dataset index is its position here."""
+    """The pairs of a data set, sorted; a sample's dataset index is its position here.
 
-    root: Path
-    """The folder that relative paths start from."""
-    pairs: tuple[Pair, ...]
-    """(image, structure) paths, relative to the root or absolute; structure is None where none is needed."""
+    Args:
+        root: the folder that relative paths start from.
+        pairs: (image, structure) paths, relative to the root or absolute; structure is None where none is needed.
+        sizes: (pairs, 2) bytes of each image and map, where they were verified.
+        verification: what was verified, and how; None if nothing was.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        pairs: Sequence[Pair],
+        sizes: np.ndarray | None = None,
+        verification: Verification | None = None,
+    ) -> None:
+        self.root = root
+        self.pairs = pairs if isinstance(pairs, PairList) else PairList.of(pairs)
+        self.verification = verification
+        self._sizes = sizes
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Fingerprint of the list: the same after the whole folder moved, another after any file was added."""
-        digest = hashlib.sha256()
-        for image, structure in self.pairs:
-            digest.update(os.fsencode(f"{image}\t{structure or ''}\n"))
-        return digest.hexdigest()
+        return self.pairs.sha256
 
-    def image_path(self, index: int) -> str:
-        return os.path.join(self.root, self.pairs[index][0])
+    @property
+    def shard_sizes(self) -> None:
+        """Every pair is a file of its own."""
 
-    def structure_path(self, index: int) -> str | None:
-        structure = self.pairs[index][1]
-        return None if structure is None else os.path.join(self.root, structure)
+    def members(self, index: int) -> PairMembers:
+        """The files of one pair; verified ones must still have the size they had then."""
+        image, structure = self.pairs[index]
+        return self._member(image, index, 0), None if structure is None else self._member(structure, index, 1)
+
+    def _member(self, path: str, index: int, column: int) -> Member:
+        size = None if self._sizes is None else int(self._sizes[index, column])
+        return Member(os.path.join(self.root, path), size)
 
 
 def read_manifest(path: str | os.PathLike[str], *, structure: bool = True) -> Manifest:
@@ -64,36 +88,89 @@ def read_manifest(path: str | os.PathLike[str], *, structure: bool = True) -> Ma
       ``{"image": ..., "structure": ...}`` a line (.jsonl); paths are relative to the list's folder or
       absolute. Empty lines, lines that start with ``#`` and the header ``image,structure`` are skipped.
 
+    Where ``sgmim verify`` has written a manifest for it, the pairs are the good ones, and the names of all
+    files must be those it found.
+
     Args:
-        path: the folder, or the .txt, .tsv, .csv or .jsonl file.
+        path: the folder, or the .txt, .tsv, .csv or .jsonl file; or the manifest of either.
         structure: False pairs nothing: maps need not exist (guidance "none").
 
     Raises:
         UserError: for anything missing, ambiguous or malformed; the message names the first offender.
     """
+    source = find_source(path)
+    verified = manifest_path(source)
+    refuse_foreign(verified)
+    if verified.exists():
+        return _read_verified_pairs(source, verified, structure)
+    return Manifest(root_of(source), list_pairs(source, structure))
+
+
+def find_source(path: str | os.PathLike[str]) -> Path:
+    """The folder or list file that a path means; a manifest's path means what it was made from.
+
+    Raises:
+        UserError: if it is neither.
+    """
     if not os.fspath(path):
         raise UserError("--data.path is not set; give a folder with images/ and structure/, or a list file of pairs")
     source = Path(path)
-    if source.is_dir():
-        return Manifest(source, tuple(sorted(_folder_pairs(source, structure))))
+    if is_manifest(source):
+        source = source_of(source)
     if not source.exists():
         raise UserError(f"--data.path {source} does not exist; give a folder with images/ and structure/, or a list")
-    if source.suffix.lower() not in LIST_SUFFIXES:
+    if not source.is_dir() and source.suffix.lower() not in LIST_SUFFIXES:
         raise UserError(
             f"--data.path {source} is neither a folder nor a list of pairs; lists end in {', '.join(LIST_SUFFIXES)}"
         )
-    listed = list(_listed_pairs(source, structure))
+    return source
+
+
+def root_of(source: Path) -> Path:
+    """The folder that the paths of a data set start from."""
+    return source if source.is_dir() else source.parent
+
+
+def list_pairs(source: Path, structure: bool, may_lack: Callable[[bytes], bool] = lambda _: False) -> PairList:
+    """The pairs of a folder or of a list file, sorted; no manifest is looked at.
+
+    Args:
+        may_lack: which pairs (see ``entry_of``) may lack a map in a folder, or files that a list names.
+
+    Raises:
+        UserError: see ``read_manifest``.
+    """
+    if source.is_dir():
+        return PairList(sorted(_folder_pairs(source, structure, may_lack)))
+    listed = [(number, entry_of(pair)) for number, pair in _listed_pairs(source, structure)]
     if not listed:
         raise UserError(f"{source} lists no pairs; write one image<TAB>structure a line")
-    _check_listed_files(source, listed)
-    return Manifest(source.parent, tuple(sorted(pair for _, pair in listed)))
+    _check_listed_files(source, ((number, pair_of(entry)) for number, entry in listed if not may_lack(entry)))
+    return PairList(sorted(entry for _, entry in listed))
 
 
-def _folder_pairs(root: Path, structure: bool) -> list[Pair]:
+def _read_verified_pairs(source: Path, path: Path, structure: bool) -> Manifest:
+    found = read_verified(path)
+    header, pairs, quarantined = found.header, found.pairs, found.quarantined
+    if structure and not header.structure:
+        raise UserError(f"{path} was made without looking at the maps; run `sgmim verify {source}` again, with them")
+    if header.structure and not structure:
+        pairs, quarantined = pairs.images_only(), quarantined.images_only()
+    # A folder's missing files show in its listing; a list goes on naming them.
+    may_lack = set(quarantined.entries()).__contains__ if source.is_file() else lambda _: True
+    listing = list_pairs(source, structure, may_lack)
+    if listing.sha256 != (header.listing_sha256 if structure else header.images_sha256):
+        raise UserError(stale_message(path, found, listing))
+    if not len(pairs):
+        raise UserError(f"{source}: no pair passed `sgmim verify`; mend what its quarantine list names, verify again")
+    return Manifest(root_of(source), pairs, found.sizes, header)
+
+
+def _folder_pairs(root: Path, structure: bool, may_lack: Callable[[bytes], bool]) -> list[bytes]:
     if not (root / "images").is_dir():
         raise UserError(f"{root} has no images/ folder; put the images there and the maps into structure/")
     maps_folder = next((name for name in _MAP_FOLDERS if (root / name).is_dir()), None) if structure else None
-    pairs: list[Pair] = []
+    entries: list[bytes] = []
     missing: list[str] = []
     pending = [""]
     while pending:  # folder by folder, so that only one folder's stems are held
@@ -103,13 +180,17 @@ def _folder_pairs(root: Path, structure: bool) -> list[Pair]:
         maps: dict[str, str] = {}
         if images and maps_folder and (root / maps_folder / below).is_dir():
             maps, _ = _list_folder(root, f"{maps_folder}/{below}", STRUCTURE_SUFFIXES)
-        pairs += ((image, maps.get(stem)) for stem, image in images.items())
+        entries += (entry_of((image, maps.get(stem))) for stem, image in images.items())
         if maps_folder:
-            missing += (images[stem] for stem in images.keys() - maps.keys())
-    if not pairs:
+            lacking = (images[stem] for stem in images.keys() - maps.keys())
+            missing += (image for image in lacking if not may_lack(os.fsencode(image)))
+    if not entries:
         raise UserError(f"{root / 'images'} holds no images; known suffixes: {', '.join(sorted(IMAGE_SUFFIXES))}")
     if structure and maps_folder is None:
-        raise UserError(f"{root} has no structure/ folder; add the maps, or train without them (--model.guidance none)")
+        raise UserError(
+            f"{root} has no structure/ folder; add the maps, or do without "
+            "(--model.guidance none, or sgmim verify --images-only)"
+        )
     if missing:
         first = min(missing)
         stem = os.path.splitext(first.removeprefix("images/"))[0]
@@ -118,7 +199,7 @@ def _folder_pairs(root: Path, structure: bool) -> list[Pair]:
             f"{root / first} has no map {maps_folder}/{stem} with one of the suffixes "
             f"{', '.join(sorted(STRUCTURE_SUFFIXES))}{others}; add the maps, or remove these images"
         )
-    return pairs
+    return entries
 
 
 def _list_folder(root: Path, folder: str, suffixes: frozenset[str]) -> tuple[dict[str, str], list[str]]:
@@ -173,11 +254,20 @@ def _listed_pairs(source: Path, structure: bool) -> Iterator[tuple[int, Pair]]:
                 if fields in (("image", "structure"), ("image", "depth"), ("image",)):
                     continue
                 image, *rest = fields
+                if not all(map(_is_path, fields)):
+                    raise UserError(f"{source}:{number}: holds a character that no path can have; correct the line")
                 if structure and not rest:
                     raise UserError(f"{source}:{number}: names no structure map; expected image<TAB>structure")
                 yield number, (image, rest[0] if structure else None)
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair, from JSON
+        return False
 
 
 def _parse_fields(line: str, where: str) -> tuple[str, ...]:
@@ -213,7 +303,7 @@ def _parse_json(line: str, where: str) -> tuple[str, ...]:
     return values[0], values[1]
 
 
-def _check_listed_files(source: Path, listed: list[tuple[int, Pair]]) -> None:
+def _check_listed_files(source: Path, listed: Iterable[tuple[int, Pair]]) -> None:
     """Every listed file exists; one listing a folder instead of one look-up a file where that is cheaper."""
     lines: dict[str, dict[str, int]] = {}  # folder -> name -> first line that lists it
     for number, pair in listed:

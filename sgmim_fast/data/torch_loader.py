@@ -1,4 +1,4 @@
-"""The order of the samples, and the loader built on torch's DataLoader.
+"""The loader built on torch's DataLoader and Pillow.
 
 A batch is a function of (seed, epoch, step, rank) alone: no state is carried from one to the next, so
 a run resumes at any step and any number of worker processes gives the same batches.
@@ -22,73 +22,36 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sgmim_fast.config import PretrainConfig
 from sgmim_fast.data import augment, reading
-from sgmim_fast.data.manifest import Manifest
+from sgmim_fast.data.batches import Batch, draw_mask
+from sgmim_fast.data.decoding import check_sizes
+from sgmim_fast.data.members import Member, Pairs
+from sgmim_fast.data.order import BEGIN, Place, SampleOrder
+from sgmim_fast.data.substitution import Substitutes
 from sgmim_fast.errors import UserError
-from sgmim_fast.masking import STREAM_CROP, STREAM_MASK, STREAM_ORDER, draw_cell_mask, mask_indices, sample_rng
+from sgmim_fast.masking import STREAM_CROP, mask_indices, sample_rng
 
-Batch = dict[str, torch.Tensor]
-
-
-class SampleOrder:
-    """Which samples each micro-batch holds.
-
-    An epoch is a permutation drawn from (seed, epoch). Optimizer step k takes the next A * W * B of it
-    (A micro-steps, W ranks, B pairs a micro-batch), micro-batch by micro-batch and rank by rank; an
-    incomplete last step is dropped. So W ranks of B pairs see in each step what one rank of W * B sees.
-    """
-
-    def __init__(self, samples: int, *, batch_size: int, world_size: int, accumulation_steps: int, seed: int) -> None:
-        self.samples = samples
-        self.batch_size = batch_size
-        self.world_size = world_size
-        self.accumulation_steps = accumulation_steps
-        self.seed = seed
-        self.step_size = accumulation_steps * world_size * batch_size
-        self.steps_per_epoch = samples // self.step_size
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"the data set has {samples} pairs but one optimizer step takes {self.step_size} "
-                f"(batch size {batch_size} x {world_size} rank(s) x {accumulation_steps} accumulation step(s)); "
-                "lower --train.batch-size or add pairs"
-            )
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """Dataset indices of one epoch in order, (samples,) int64."""
-        return sample_rng(self.seed, epoch, 0, STREAM_ORDER).permutation(self.samples)
-
-    def micro_batches(self, rank: int, start_step: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Endless (epoch, dataset indices (B,)) of one rank's micro-batches from an optimizer step on."""
-        epoch, first = divmod(start_step, self.steps_per_epoch)
-        while True:
-            # (steps, micro-batches, ranks, pairs)
-            order = self.permutation(epoch)[: self.steps_per_epoch * self.step_size].reshape(
-                self.steps_per_epoch, self.accumulation_steps, self.world_size, self.batch_size
-            )
-            for step in range(first, self.steps_per_epoch):
-                for micro in range(self.accumulation_steps):
-                    yield epoch, order[step, micro, rank]
-            epoch, first = epoch + 1, 0
+Sample = dict[str, Any]
 
 
 class SampleKey(NamedTuple):
-    """What a worker needs to make one sample; it travels with the request, so no worker copies the manifest."""
+    """What a worker needs to make one sample; it travels with the request, so no worker copies the list of pairs."""
 
     epoch: int
     sample: int
-    image: str
-    structure: str | None
+    image: Member
+    structure: Member | None
 
     @classmethod
-    def of(cls, manifest: Manifest, config: PretrainConfig, epoch: int, index: int) -> Self:
+    def of(cls, pairs: Pairs, config: PretrainConfig, epoch: int, index: int) -> Self:
+        image, structure = pairs.members(index)
         if config.model.guidance == "none":
-            return cls(epoch, index, manifest.image_path(index), None)
-        structure = manifest.structure_path(index)
+            return cls(epoch, index, image, None)
         if structure is None:
-            raise ValueError("the manifest was read without structure maps, but the model's guidance needs them")
-        return cls(epoch, index, manifest.image_path(index), structure)
+            raise ValueError("the data set was opened without structure maps, but the model's guidance needs them")
+        return cls(epoch, index, image, structure)
 
 
-class PairDataset(Dataset[dict[str, Any]]):
+class PairDataset(Dataset[Sample]):
     """Makes one sample from its key: ``image`` (3,S_h,S_w), ``structure`` (C,S_h,S_w), ``mask`` (Gh,Gw), ``index``.
 
     The crop and the mask are drawn from (seed, epoch, dataset index), nothing else.
@@ -101,56 +64,69 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.config = config
         self.random_crop = random_crop
 
-    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+    def __getitem__(self, key: SampleKey) -> Sample:
         model, data, seed = self.config.model, self.config.data, self.config.train.seed
-        image = reading.read_image(key.image)
-        height, width = image.height, image.width
+        file = key.image.read()
+        pixels = np.asarray(reading.read_image(file))
+        height, width = pixels.shape[:2]
         structure = None
         if key.structure is not None:
-            structure = reading.read_structure(key.structure, model.structure_channels)
-            _check_sizes(key, (height, width), structure.shape[1:])
+            map_file = key.structure.read()
+            structure = reading.read_structure(map_file, model.structure_channels)
+            check_sizes(file, map_file, (height, width), structure.shape[1:])
         if self.random_crop:
             rng = sample_rng(seed, key.epoch, key.sample, STREAM_CROP)
             augmentation = augment.draw_augmentation(rng, height, width, data)
         else:
             augmentation = augment.central_augmentation(height, width, model.hw)
-        rng = sample_rng(seed, key.epoch, key.sample, STREAM_MASK)
-        sample: dict[str, Any] = {
-            "image": augment.augment_image(image, augmentation, model.hw),
-            "mask": torch.from_numpy(draw_cell_mask(rng, model.grid, data.mask_ratio)),
+        # Copied: the crop is then in one piece, and what was decoded can go.
+        box = torch.from_numpy(augment.crop(pixels, augmentation).copy())
+        sample: Sample = {
+            "image": augment.finish_image(box, augmentation.flip, model.hw),
+            "mask": draw_mask(self.config, key.epoch, key.sample),
             "index": key.sample,
         }
         if structure is not None:
-            sample["structure"] = augment.augment_structure(structure, augmentation, model.hw)
+            box = torch.from_numpy(augment.crop(structure.transpose(1, 2, 0), augmentation).transpose(2, 0, 1))
+            sample["structure"] = augment.finish_structure(box, augmentation.flip, model.hw)
         return sample
 
     def batch(self, keys: Sequence[SampleKey]) -> Batch:
         """Collated samples: each tensor gains a leading B; ``masked`` (B,K) and ``visible`` (B,Gh*Gw-K) int32."""
-        batch: Batch = default_collate([self[key] for key in keys])
-        batch["masked"], batch["visible"] = mask_indices(batch["mask"])
-        return batch
+        return collated([self[key] for key in keys])
 
 
-def _check_sizes(key: SampleKey, image: tuple[int, int], structure: tuple[int, ...]) -> None:
-    if image == structure:
-        return
-    turned = image == structure[::-1] and reading.exif_orientation(key.image) >= 5
-    cause = "the image's EXIF orientation was applied to the map only" if turned else "they do not show the same pixels"
-    raise UserError(
-        f"{key.image} is {image[1]}x{image[0]} pixels (width x height) but its map {key.structure} is "
-        f"{structure[1]}x{structure[0]}: {cause}; make the map from the image as stored, at its size"
-    )
+def collated(samples: list[Sample]) -> Batch:
+    """A batch of samples, with the index lists of its masks."""
+    batch: Batch = default_collate(samples)
+    batch["masked"], batch["visible"] = mask_indices(batch["mask"])
+    return batch
 
 
-class _BatchDataset(Dataset[Batch | UserError]):
+class _Incomplete(NamedTuple):
+    """A batch with bad pairs: the training process, which knows the other pairs, completes it."""
+
+    epoch: int
+    indices: list[int]
+    samples: list[Sample | UserError]
+
+
+class _BatchDataset(Dataset[Batch | _Incomplete]):
     """Whole batches by their keys; bad input is a value, because DataLoader would wrap it into a traceback."""
 
     def __init__(self, pairs: PairDataset) -> None:
         self.pairs = pairs
 
-    def __getitem__(self, keys: Sequence[SampleKey]) -> Batch | UserError:
+    def __getitem__(self, keys: Sequence[SampleKey]) -> Batch | _Incomplete:
+        samples = [self._sample(key) for key in keys]
+        good = [sample for sample in samples if not isinstance(sample, UserError)]
+        if len(good) == len(samples):
+            return collated(good)
+        return _Incomplete(keys[0].epoch, [key.sample for key in keys], samples)
+
+    def _sample(self, key: SampleKey) -> Sample | UserError:
         try:
-            return self.pairs.batch(keys)
+            return self.pairs[key]
         except UserError as error:
             return error
 
@@ -158,27 +134,43 @@ class _BatchDataset(Dataset[Batch | UserError]):
 class _BatchKeys:
     """The endless request list of one rank."""
 
-    def __init__(self, manifest: Manifest, config: PretrainConfig, order: SampleOrder, rank: int, start: int) -> None:
-        self.manifest, self.config, self.order, self.rank, self.start = manifest, config, order, rank, start
+    def __init__(self, pairs: Pairs, config: PretrainConfig, order: SampleOrder, rank: int, place: Place) -> None:
+        self.pairs, self.config, self.order, self.rank, self.place = pairs, config, order, rank, place
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for epoch, indices in self.order.micro_batches(self.rank, self.start):
-            yield [SampleKey.of(self.manifest, self.config, epoch, index) for index in indices.tolist()]
+        for epoch, indices in self.order.micro_batches(self.rank, self.place):
+            yield [self.key(epoch, index) for index in indices.tolist()]
+
+    def key(self, epoch: int, index: int) -> SampleKey:
+        """The request for one sample."""
+        return SampleKey.of(self.pairs, self.config, epoch, index)
 
 
 class TorchLoader:
-    """Endless iterator over one rank's micro-batches; see ``build_torch_loader``.
+    """Endless iterator over one rank's micro-batches; see ``build_loader``.
 
     Worker processes start with the first batch and end with ``close()``, a ``with`` block, or an error.
     """
 
-    def __init__(self, keys: _BatchKeys, config: PretrainConfig, *, pin_memory: bool) -> None:
-        self.steps_per_epoch = keys.order.steps_per_epoch
+    def __init__(
+        self,
+        pairs: Pairs,
+        config: PretrainConfig,
+        order: SampleOrder,
+        substitutes: Substitutes,
+        *,
+        rank: int,
+        place: Place = BEGIN,
+        pin_memory: bool = False,
+    ) -> None:
+        self.order, self.substitutes = order, substitutes
+        self._keys = _BatchKeys(pairs, config, order, rank, place)
+        self._samples = PairDataset(config)
         workers = config.data.workers
-        self._loader: DataLoader[Batch | UserError] = DataLoader(
-            _BatchDataset(PairDataset(config)),
+        self._loader: DataLoader[Batch | _Incomplete] = DataLoader(
+            _BatchDataset(self._samples),
             batch_size=None,  # a key is a whole batch already
-            sampler=keys,
+            sampler=self._keys,
             num_workers=workers,
             multiprocessing_context=_worker_context() if workers else None,
             worker_init_fn=_end_with_parent if workers else None,
@@ -207,10 +199,22 @@ class TorchLoader:
                 "a loader process was ended from outside; mostly memory or /dev/shm ran out: "
                 "lower --data.workers or --train.batch-size, or give the machine more"
             ) from error
-        if isinstance(batch, UserError):
-            self.close()
-            raise batch
+        if isinstance(batch, _Incomplete):
+            try:
+                return self._completed(batch)
+            except UserError:
+                self.close()
+                raise
         return batch
+
+    def _completed(self, batch: _Incomplete) -> Batch:
+        def make(candidate: int) -> Sample:
+            return self._samples[self._keys.key(batch.epoch, candidate)]
+
+        return collated([
+            self.substitutes.replace(batch.epoch, index, sample, make) if isinstance(sample, UserError) else sample
+            for index, sample in zip(batch.indices, batch.samples, strict=True)
+        ])  # fmt: skip
 
     def _lost_a_worker(self) -> bool:
         # What is raised depends on where in the hand-over the worker died, so the processes are asked instead.
@@ -260,40 +264,7 @@ def _end_with_parent(worker: int) -> None:
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
 
 
-def build_torch_loader(
-    manifest: Manifest,
-    config: PretrainConfig,
-    *,
-    rank: int,
-    world_size: int,
-    start_step: int = 0,
-    pin_memory: bool = False,
-) -> TorchLoader:
-    """One rank's micro-batches, endless over the epochs, from optimizer step ``start_step`` on.
-
-    A batch holds float32 ``image`` (B,3,S_h,S_w), normalised; float32 ``structure`` (B,C,S_h,S_w), raw
-    values, absent with guidance "none"; bool ``mask`` (B,Gh,Gw), True where the image is masked; int32
-    ``masked`` (B,K) and ``visible`` (B,Gh*Gw-K), cell indices ascending; int64 ``index`` (B,), positions
-    in the manifest. All are on the CPU.
-
-    Raises:
-        UserError: at once if the data set is smaller than one optimizer step; with the batch, from
-            whichever process, if a file is bad. The message is one line that names the file.
-    """
-    if not 0 <= rank < world_size or start_step < 0:
-        raise ValueError(f"rank {rank} of {world_size}, start_step {start_step}")
-    train = config.train
-    order = SampleOrder(
-        len(manifest),
-        batch_size=train.batch_size,
-        world_size=world_size,
-        accumulation_steps=train.accumulation_steps,
-        seed=train.seed,
-    )
-    return TorchLoader(_BatchKeys(manifest, config, order, rank, start_step), config, pin_memory=pin_memory)
-
-
-def evaluation_batch(manifest: Manifest, config: PretrainConfig, indices: Sequence[int]) -> Batch:
+def evaluation_batch(pairs: Pairs, config: PretrainConfig, indices: Sequence[int]) -> Batch:
     """Chosen samples to look at: whole images (short side to size, centre crop), masks of epoch 0."""
-    pairs = PairDataset(config, random_crop=False)
-    return pairs.batch([SampleKey.of(manifest, config, 0, index) for index in indices])
+    samples = PairDataset(config, random_crop=False)
+    return samples.batch([SampleKey.of(pairs, config, 0, index) for index in indices])

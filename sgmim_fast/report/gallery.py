@@ -17,7 +17,7 @@ from torch import Tensor
 from sgmim_fast import reference
 from sgmim_fast.config import ModelConfig, PretrainConfig
 from sgmim_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from sgmim_fast.data.manifest import read_manifest
+from sgmim_fast.data.sources import open_pairs
 from sgmim_fast.data.torch_loader import evaluation_batch
 from sgmim_fast.masking import CELL
 from sgmim_fast.models.registry import create_model
@@ -89,16 +89,16 @@ def build_gallery(config: PretrainConfig, weights: Path, count: int) -> Gallery:
         UserError: if the data or the weights cannot be read.
     """
     guided = config.model.guidance != "none"
-    manifest = read_manifest(config.data.path, structure=guided)
-    indices = np.unique(np.linspace(0, len(manifest) - 1, count).round().astype(int)).tolist()
-    batch = evaluation_batch(manifest, config, indices)
+    pairs = open_pairs(config.data.path, structure=guided)
+    indices = np.unique(np.linspace(0, len(pairs) - 1, count).round().astype(int)).tolist()
+    batch = evaluation_batch(pairs, config, indices)
     with torch.random.fork_rng(devices=[]):  # a caller's random numbers do not depend on its report
         model = create_model(config.model, backend="torch")
     load_weights(model, weights)
     image, mask = batch["image"], batch["mask"]
     structure = standardize_structure(batch["structure"]) if guided else None
     strips = _strips(model.eval(), image, structure, mask)
-    names = [Path(manifest.pairs[index][0]).name for index in indices]
+    names = [Path(pairs.members(index)[0].name).name for index in indices]
     return Gallery(
         samples=tuple(Sample(name, pair) for name, pair in zip(names, strips, strict=True)),
         size=config.model.hw,

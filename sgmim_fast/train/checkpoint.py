@@ -16,6 +16,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import distributed
 
+from sgmim_fast.data.order import LoaderState
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.train.ranks import is_lost_peer
@@ -34,9 +35,7 @@ class Position:
     precision: str
     samples_per_step: int
     """Pairs of one optimizer step over all ranks."""
-    seed: int
-    manifest: str
-    """sha-256 of the list of pairs."""
+    loader: LoaderState
     model: dict[str, Any]
     """Fields of ``ModelConfig``."""
     optimizer: str = "adamw"
@@ -90,32 +89,39 @@ def _is_write_failure(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, expected: Position) -> int:
-    """Restore the engine from ``folder`` and return how many optimizer steps it had done.
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, expected: Position) -> Position:
+    """Restore the engine from ``folder`` and return how far it had come.
 
     Raises:
         UserError: if the checkpoint belongs to another model, data list or set-up than ``expected``.
     """
     found = read_position(folder)
-    for name in ("model", "world_size", "zero_stage", "precision", "samples_per_step", "seed", "manifest", "optimizer"):
+    for option, (was, now) in found.loader.differences(expected.loader).items():
+        raise _other_settings(folder, option, was, now)
+    for name in ("model", "world_size", "zero_stage", "precision", "samples_per_step", "optimizer"):
         was, now = getattr(found, name), getattr(expected, name)
         if was != now:
             if name == "model":
                 name = ", ".join(f"model.{k}" for k in was if was[k] != now.get(k))
                 was, now = ({k: v[k.removeprefix("model.")] for k in name.split(", ")} for v in (was, now))
-            raise UserError(
-                f"checkpoint {folder} was written with {name} = {was}, this run has {now}; "
-                "resume with the same settings, or start anew in another --output"
-            )
+            raise _other_settings(folder, name, was, now)
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise UserError(f"DeepSpeed found nothing to load in {folder}; write an earlier checkpoint's name into latest")
-    return found.step
+    return found
+
+
+def _other_settings(folder: Path, name: str, was: object, now: object) -> UserError:
+    return UserError(
+        f"checkpoint {folder} was written with {name} = {was}, this run has {now}; "
+        "resume with the same settings, or start anew in another --output"
+    )
 
 
 def read_position(folder: Path) -> Position:
     """The position that a checkpoint stores."""
-    return Position(**json.loads((folder / STATE).read_text()))
+    content = json.loads((folder / STATE).read_text())
+    return Position(**content | {"loader": LoaderState(**content["loader"])})
 
 
 def full_weights(model: SGMIM) -> dict[str, torch.Tensor]:

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, distributed
 
 from sgmim_fast.config import PretrainConfig
-from sgmim_fast.data.manifest import Manifest, read_manifest
-from sgmim_fast.data.torch_loader import TorchLoader, build_torch_loader
+from sgmim_fast.data.batches import Loader
+from sgmim_fast.data.loading import build_loader, choose_loader, sample_order
+from sgmim_fast.data.members import Pairs
+from sgmim_fast.data.order import BEGIN
+from sgmim_fast.data.sources import open_pairs
 from sgmim_fast.errors import UserError
 from sgmim_fast.tasks.pretrain import PretrainTask
 from sgmim_fast.train.arguments import config_to_json
+from sgmim_fast.train.bad_samples import BadSampleLog
 from sgmim_fast.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from sgmim_fast.train.choices import check_choices
 from sgmim_fast.train.compiling import compile_step
@@ -37,33 +41,31 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
     """
     run = Path(config.output)
     check_choices(config, own_device())
-    manifest = read_manifest(config.data.path, structure=config.model.guidance != "none")
+    pairs = open_pairs(config.data.path, structure=config.model.guidance != "none")
     checkpoint = _starting_point(run, config.resume)
     with joined_ranks() as device:
-        trainer = _Trainer(config, run, manifest, device)
-        start = 0 if checkpoint is None else load_checkpoint(trainer.engine, checkpoint, trainer.position)
-        with build_torch_loader(
-            manifest,
-            config,
-            rank=trainer.rank,
-            world_size=trainer.world_size,
-            start_step=start,
-            pin_memory=device.type == "cuda",
+        trainer = _Trainer(config, run, pairs, device)
+        if checkpoint is not None:
+            trainer.position = load_checkpoint(trainer.engine, checkpoint, trainer.position)
+        start, total = trainer.position.step, trainer.last_step()
+        chief = trainer.rank == 0
+        if start >= total:  # no error: a job that is queued again after its last step has nothing left to do
+            if chief:
+                print(f"{checkpoint} has done all {total} steps; --schedule.epochs or --train.max-steps ends it later")
+            return run
+        tell = BadSampleLog(run, trainer.rank)
+        place = trainer.position.loader.place
+        with build_loader(
+            pairs, config, rank=trainer.rank, world_size=trainer.world_size, place=place, device=device, tell=tell
         ) as loader:
-            total = _last_step(config, loader)
-            if start >= total:  # no error: a job that is queued again after its last step has nothing left to do
-                if trainer.rank == 0:
-                    print(
-                        f"{checkpoint} has done all {total} steps; --schedule.epochs or --train.max-steps ends it later"
-                    )
-                return run
-            if trainer.rank == 0:
+            if chief:
                 if start == 0:
                     _set_aside(run)
                 _describe_run(run, config, recipe, device)
-            with Reporter(run, start, total, chief=trainer.rank == 0) as reporter:
-                reporter.say(trainer.summary(start, total))
-                trainer.train(loader, reporter, start, total)
+            with Reporter(run, start, total, chief) as reporter:
+                if chief:
+                    tell.say = reporter.say
+                trainer.train(loader, reporter, total)
     return run
 
 
@@ -89,11 +91,6 @@ def _starting_point(run: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
-def _last_step(config: PretrainConfig, loader: TorchLoader) -> int:
-    total = config.schedule.epochs * loader.steps_per_epoch
-    return total if config.train.max_steps is None else min(total, config.train.max_steps)
-
-
 def _set_aside(run: Path) -> None:
     """Rename what a run left that ended before its first checkpoint: it cannot be continued, only repeated."""
     for name in ("metrics.jsonl", "tensorboard"):
@@ -117,9 +114,10 @@ def _describe_run(run: Path, config: PretrainConfig, recipe: str, device: torch.
 class _Trainer:
     """One rank's model and optimizer inside DeepSpeed's engine, and the loop over its batches."""
 
-    def __init__(self, config: PretrainConfig, run: Path, manifest: Manifest, device: torch.device) -> None:
-        self.config, self.run, self.pairs, self.device = config, run, len(manifest), device
+    def __init__(self, config: PretrainConfig, run: Path, pairs: Pairs, device: torch.device) -> None:
+        self.config, self.run, self.pairs, self.device = config, run, pairs, device
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self.order = sample_order(pairs, config, self.world_size)
         torch.manual_seed(config.train.seed)
         train = config.train
         self.task = PretrainTask(config.model, train.backend, train.attention, train.norm, device)
@@ -134,59 +132,67 @@ class _Trainer:
             world_size=self.world_size,
             zero_stage=train.zero_stage,
             precision=train.precision,
-            samples_per_step=train.batch_size * train.accumulation_steps * self.world_size,
-            seed=train.seed,
-            manifest=manifest.sha256,
+            samples_per_step=self.order.step_size,
+            loader=self.order.state(BEGIN, pairs.sha256),
             model=json.loads(json.dumps(asdict(config.model))),  # as state.json gives it back
             optimizer=config.optimizer.implementation,
         )
 
-    def summary(self, start: int, total: int) -> str:
+    def last_step(self) -> int:
+        """Optimizer steps of the whole run."""
+        total = self.config.schedule.epochs * self.order.steps_per_epoch
+        return total if self.config.train.max_steps is None else min(total, self.config.train.max_steps)
+
+    def summary(self, total: int) -> str:
         """One line that says what is about to happen."""
-        model, train = self.config.model, self.config.train
+        model, train, start = self.config.model, self.config.train, self.position.step
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.parameters())
+        loader, why = choose_loader(self.pairs, self.config)
         return (
             f"{model.encoder} encoder, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters; "
-            f"{self.pairs} pairs, {self.position.samples_per_step} a step on {self.world_size} {self.device.type} "
-            f"rank(s), {train.precision}, ZeRO {train.zero_stage}{', compiled' if train.compile else ''}; {total} steps"
-            + (f", from step {start}" if start else "")
+            f"{len(self.pairs)} pairs through {loader} ({why}), {self.order.step_size} a step on {self.world_size} "
+            f"{self.device.type} rank(s), {train.precision}, ZeRO {train.zero_stage}"
+            f"{', compiled' if train.compile else ''}; {total} steps" + (f", from step {start}" if start else "")
         )
 
-    def train(self, loader: TorchLoader, reporter: Reporter, start: int, total: int) -> None:
-        """Optimizer steps ``start`` to ``total``, with metric rows and checkpoints on the way."""
-        train = self.config.train
+    def train(self, loader: Loader, reporter: Reporter, total: int) -> None:
+        """Optimizer steps from the position to ``total``, with metric rows and checkpoints on the way."""
+        train, start, begin = self.config.train, self.position.step, self.position.loader.place
         batches, losses, watch = iter(loader), LossWindow(self.device), Stopwatch()
+        reporter.say(self.summary(total))
         logged = start
         for step in range(start, total):
-            rate = self._set_rate(step, loader.steps_per_epoch)
+            rate = self._set_rate(step)
             # Drop path draws from a stream of (seed, step, rank), so a resumed run draws the same.
             torch.manual_seed((train.seed * 1_000_003 + step) * self.world_size + self.rank)
             norm = self._optimizer_step(batches, losses, watch)
             done = step + 1
             reporter.step(done)
             if done % train.log_every == 0 or done == total:
-                loss, image_loss, structure_loss = losses.mean_over_ranks()
+                loss, image_loss, structure_loss, bad_samples = losses.over_ranks(loader.substitutes.count)
                 reporter.row(
                     {
                         "step": done,
-                        "epoch": done / loader.steps_per_epoch,
+                        "epoch": done / self.order.steps_per_epoch,
                         "loss": loss,
                         "image_loss": image_loss,
                         "structure_loss": None if self.config.model.guidance == "none" else structure_loss,
                         "lr": rate,
                         "grad_norm": as_float(norm),
-                        **watch.lap((done - logged) * self.position.samples_per_step),
+                        **watch.lap((done - logged) * self.order.step_size),
+                        "bad_samples": int(bad_samples),
                         "peak_memory_bytes": peak_memory_bytes(self.device),
                     }
                 )
                 logged = done
             if done % train.checkpoint_every == 0 or done == total:
-                folder = save_checkpoint(self.engine, self.task.model, self.run, replace(self.position, step=done))
-                reporter.say(f"saved {folder}")
+                place = self.order.advance(begin, done - start)
+                position = replace(self.position, step=done, loader=self.order.state(place, self.pairs.sha256))
+                reporter.say(f"saved {save_checkpoint(self.engine, self.task.model, self.run, position)}")
 
-    def _set_rate(self, step: int, steps_per_epoch: int) -> float:
+    def _set_rate(self, step: int) -> float:
         config = self.config
-        rate = learning_rate(step, steps_per_epoch, self.position.samples_per_step, config.optimizer, config.schedule)
+        rate = learning_rate(step, self.order.steps_per_epoch, self.order.step_size, config.optimizer, config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate

@@ -30,13 +30,17 @@ class LossWindow:
         self._sum += torch.stack((out.loss, out.image_loss, structure)).to(self._sum.dtype)
         self._count += 1
 
-    def mean_over_ranks(self) -> list[float]:
-        """Mean (loss, image_loss, structure_loss) of all ranks' micro-steps; waits, and begins a new window."""
+    def over_ranks(self, bad_samples: int) -> list[float]:
+        """Mean (loss, image_loss, structure_loss) of all ranks' micro-steps, and all ranks' bad samples.
+
+        Waits for the device, and begins a new window.
+        """
         mean = self._sum / (self._count * distributed.get_world_size())
-        distributed.all_reduce(mean)
+        together = torch.cat((mean, mean.new_tensor([bad_samples])))
+        distributed.all_reduce(together)
         self._sum.zero_()
         self._count = 0
-        return mean.tolist()
+        return together.tolist()
 
 
 class Stopwatch:

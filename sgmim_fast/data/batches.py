@@ -1,0 +1,42 @@
+"""What every loader hands out, and what is drawn for it."""
+
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from sgmim_fast.config import PretrainConfig
+from sgmim_fast.data.order import SampleOrder
+from sgmim_fast.data.substitution import Substitutes
+from sgmim_fast.masking import STREAM_MASK, draw_cell_mask, sample_rng
+
+Batch = dict[str, torch.Tensor]
+"""float32 ``image`` (B,3,S_h,S_w), normalised; float32 ``structure`` (B,C,S_h,S_w), raw values, absent with guidance
+"none"; bool ``mask`` (B,Gh,Gw), True where the image is masked; int32 ``masked`` (B,K) and ``visible`` (B,Gh*Gw-K),
+cell indices ascending; int64 ``index`` (B,), positions in the data set."""
+
+
+class Loader(Protocol):
+    """Endless iterator over one rank's micro-batches; a context manager that ends its threads or processes."""
+
+    order: SampleOrder
+    substitutes: Substitutes
+
+    def __iter__(self) -> Self: ...
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None:
+        """End threads or processes and wait for them."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+def draw_mask(config: PretrainConfig, epoch: int, index: int) -> torch.Tensor:
+    """The cell mask of one sample, (Gh, Gw) bool."""
+    rng = sample_rng(config.train.seed, epoch, index, STREAM_MASK)
+    return torch.from_numpy(draw_cell_mask(rng, config.model.grid, config.data.mask_ratio))
