@@ -148,7 +148,7 @@ def cases(options: argparse.Namespace, folder: Path, progress: Progress) -> Iter
         structure = open_part(path, 1).members(0)[1]
         assert structure is not None, "it was opened with maps"
         suffix = Path(structure.inner or structure.path).suffix
-        yield Case(path.name, suffix.removeprefix("."), storage, path.absolute())
+        yield Case(path.absolute().name, suffix.removeprefix("."), storage, path.absolute())
     if options.data:
         return
     task = progress.add_task("making pairs", total=options.pairs)
@@ -281,9 +281,11 @@ def recorded(folder: Path) -> list[Row]:
 def table(rows: list[Row], device: str) -> Table:
     """For people; the columns are explained by ``--help``."""
     first = rows[0]
-    title = f"batches of {first['batch']}, {first['workers']} workers, {device}, warm cache; {first['data']}"
-    shown = Table(title=title)
-    for name in ("maps", "stored in", "what"):
+    sets = list(dict.fromkeys(row["data"] for row in rows))
+    shown = Table(
+        title=f"batches of {first['batch']}, {first['workers']} workers, {device}, warm cache; {', '.join(sets)}"
+    )
+    for name in (*(["set"] if len(sets) > 1 else []), "maps", "stored in", "what"):
         shown.add_column(name)
     fed = any("share_of_appetite" in row for row in rows)
     checked = any("rate_to_loader" in row for row in rows)
@@ -291,7 +293,8 @@ def table(rows: list[Row], device: str) -> Table:
     for name in ("pairs/s", "20..80 %", "CPU ms", "RSS MB", "held MB", "start s", *more):
         shown.add_column(name, justify="right")
     for row in rows:
-        cells = [row["maps"], row["storage"], row["loader"] if row["work"] == "load" else f"verify {row['loader']}"]
+        cells = [row["data"]] if len(sets) > 1 else []
+        cells += [row["maps"], row["storage"], row["loader"] if row["work"] == "load" else f"verify {row['loader']}"]
         cells += [
             f"{row['p50_pairs_per_second']:.0f}",
             f"{row['p20_pairs_per_second']:.0f}..{row['p80_pairs_per_second']:.0f}",

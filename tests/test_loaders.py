@@ -1,6 +1,7 @@
 """What both loaders promise: pairing, the batch contract, determinism, resuming, substitution; and that they agree."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from sgmim_fast.data.batches import Batch
 from sgmim_fast.data.dali_loader import DaliLoader
 from sgmim_fast.data.loading import choose_loader, sample_order
 from sgmim_fast.data.manifest import Manifest, read_manifest
+from sgmim_fast.data.members import Pairs
+from sgmim_fast.data.packing import Packing
+from sgmim_fast.data.sharding import shard_pairs
 from sgmim_fast.data.substitution import BadSample, Substitutes
+from sgmim_fast.data.verify import verify
 from sgmim_fast.errors import UserError
 from tests.pair_sets import (
     BREAKAGES,
@@ -68,12 +73,22 @@ def test_batch_contract(manifest: Manifest, loader: str) -> None:
         assert batch["visible"][row].tolist() == (~flat[row]).nonzero()[:, 0].tolist()
 
 
+@pytest.fixture(scope="module")
+def shards(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    return shard_pairs(root, tmp_path_factory.mktemp("shards"), Packing(pairs_per_shard=4, shuffle=False), workers=1)
+
+
 @both
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "shards"])
 @pytest.mark.parametrize("size", [(64, 96), (192, 192)])
-def test_maps_stay_on_their_images_for_epochs_and_ranks(manifest: Manifest, loader: str, size: tuple[int, int]) -> None:
+def test_maps_stay_on_their_images_for_epochs_and_ranks(
+    manifest: Manifest, shards: Pairs, loader: str, packed: bool, size: tuple[int, int]
+) -> None:
     slopes, seen = [], []
+    config = settings(loader, image_size=size, batch=2)
+    config = replace(config, data=replace(config.data, shuffle_buffer=5))
     for rank in (0, 1):
-        for batch in take(load(manifest, settings(loader, image_size=size, batch=2), rank, 2), 12):  # six epochs
+        for batch in take(load(shards if packed else manifest, config, rank, 2), 12):  # six epochs
             red, depth = red_of(batch["image"]), batch["structure"][:, 0] / 256
             # Rounding to 8 bits (twice) and the filter's cut at the border; one source column would be 0.6.
             assert (red - depth).abs().max() < 1.3
@@ -84,6 +99,33 @@ def test_maps_stay_on_their_images_for_epochs_and_ranks(manifest: Manifest, load
     assert min(slopes) < 0 < max(slopes), "both mirrored and plain samples are expected"
     assert len({round(abs(slope), 3) for slope in slopes}) > 12, "crops differ from sample to sample"
     assert set(seen) == set(range(PAIRS))
+
+
+@both
+def test_shards_hold_the_same_samples_and_resume(manifest: Manifest, shards: Pairs, loader: str) -> None:
+    whole = take(load(shards, settings(loader, batch=3)), 6)
+    for got, expected in zip(whole, take(load(manifest, settings(loader, batch=3)), 6), strict=True):
+        assert_same(got, expected)
+    config = settings(loader, batch=3)
+    config = replace(config, data=replace(config.data, shuffle_buffer=4))
+    opened = load(shards, config)
+    place = at_step(opened, 2)
+    mixed = take(opened, 6)
+    assert [batch["index"].tolist() for batch in mixed] != [batch["index"].tolist() for batch in whole]
+    for got, expected in zip(take(load(shards, config, place=place), 4), mixed[2:], strict=True):
+        assert_same(got, expected)
+
+
+@both
+def test_fewer_ranks_go_on_where_more_were(manifest: Manifest, loader: str) -> None:
+    """One step of two ranks, then one rank with as many pairs a step, in the middle of the epoch."""
+    straight = take(load(manifest, settings(loader, batch=4)), 4)
+    before = load(manifest, settings(loader, batch=2), 0, 2)
+    state = before.order.state(at_step(before, 1), manifest.sha256)
+    before.close()
+    after = take(load(manifest, settings(loader, batch=4), place=state.place), 3)
+    for got, expected in zip(after, straight[1:], strict=True):
+        assert_same(got, expected)
 
 
 @both
@@ -304,6 +346,41 @@ def test_another_pair_stands_in(root: Path, tmp_path: Path, loader: str, workers
     resumed = take(load(manifest, settings(loader, batch=4, bad=0.2), place=place), 4)
     for got, expected in zip(resumed, batches[2:], strict=True):
         assert_same(got, expected)
+
+
+AFTERWARDS = ("missing", "empty", "truncated", "garbage", "truncated map", "small map", "three channels", "turned")
+
+
+@both
+@pytest.mark.parametrize("kind", [*AFTERWARDS, "swapped", "grey", "CMYK", "8 bits", "constant"])
+def test_a_file_that_changes_after_verification_is_noticed(root: Path, tmp_path: Path, loader: str, kind: str) -> None:
+    """Also where the new content would decode: it is not what was verified."""
+    for folder in ("images", "structure"):
+        shutil.copytree(root / folder, tmp_path / folder)
+    assert verify(tmp_path, loader=loader, workers=1).exit_code == 0
+    manifest = read_manifest(tmp_path)
+    told: list[BadSample] = []
+    opened = load(manifest, settings(loader, batch=2, workers=1, bad=0.2), tell=told.append)
+    image, depth = tmp_path / "images/03.png", tmp_path / "structure/03.png"
+    if kind in AFTERWARDS:
+        break_pair(tmp_path, kind)
+    elif kind == "swapped":
+        shutil.copy(tmp_path / "structure/04.png", depth)
+    elif kind == "8 bits":
+        Image.fromarray(gradient(3)[..., 0]).save(depth)
+    elif kind == "constant":
+        Image.fromarray(np.full((HEIGHT, WIDTH), 7, np.uint16)).save(depth)
+    else:
+        Image.fromarray(gradient(3)).convert("L" if kind == "grey" else "CMYK").save(image, "JPEG")
+    batches = take(opened, PAIRS // 2)
+    assert {(bad.epoch, bad.sample) for bad in told} == {(0, 3)}
+    assert re.search(
+        r"0[34].png: (the file does not exist|.*file is empty|has \d+ bytes, but \d+ when)", told[0].reason
+    )
+    assert all((batch["index"] != 3).all() for batch in batches)
+    for batch in batches:
+        assert torch.equal(green_of(batch["image"]), batch["index"])
+        assert (red_of(batch["image"]) - batch["structure"][:, 0] / 256).abs().max() < 1.3
 
 
 @both

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +69,13 @@ def run(command: list[str], file_limit: int | None = None) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+def command(ranks: int, words: list[str]) -> list[str]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    return [*launcher, "--master_port", str(free_port()), "--module", "sgmim_fast.pretrain", *words]
+
+
 def train(ranks: int, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-    ]
-    return run([*launcher, "--module", "sgmim_fast.pretrain", *words], **options)
+    return run(command(ranks, words), **options)
 
 
 def succeed(done: subprocess.CompletedProcess[str]) -> str:
@@ -156,6 +154,37 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(two_ranks: Path, pai
             assert resumed[name] == straight[name], (name, resumed["step"])
     for name, value in weights(two_ranks, 6).items():
         assert torch.equal(weights(broken, 6)[name], value), name
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_a_run_killed_within_an_epoch_sees_the_same_batches_again(
+    loader: str, two_ranks: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Both ranks and the launcher are killed while they train, then go on with the very losses of the other run."""
+    output = tmp_path / "run"
+    words = arguments(pairs, output, data__loader=loader, data__workers=1, train__checkpoint_every=2)
+    latest = output / "checkpoints" / "latest"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(
+        command(2, words), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert latest.read_text().strip() in ("step_000002", "step_000004"), "killed within the epoch of six steps"
+    state = json.loads((output / "checkpoints" / latest.read_text().strip() / "state.json").read_text())
+    assert state["loader"] == {
+        **{"epoch": 0, "taken": 4 * state["step"], "pairs": state["loader"]["pairs"], "seed": 0, "shuffle_buffer": 0},
+        **{"batch_size": 2, "accumulation_steps": 1, "world_size": 2},
+    }
+    out = succeed(train(2, [*words, "--resume"]))
+    assert f"24 pairs through {loader}" in out
+    by_step = {row["step"]: row for row in rows(output)}
+    for straight in rows(two_ranks):
+        for name in ("epoch", "loss", "image_loss", "structure_loss", "grad_norm"):
+            assert by_step[straight["step"]][name] == straight[name], (name, straight["step"])
 
 
 @pytest.mark.parametrize(
