@@ -138,18 +138,22 @@ class Contender:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints is no answer
+
+    def answer(content: dict[str, Any]) -> None:
+        os.write(answers, json.dumps(content).encode() + b"\n")
+
     lines = iter(sys.stdin.readline, "")
-    try:
-        with closing(Work(Job(**json.loads(next(lines))))) as work:
-            answers.write("{}\n")
-            for line in lines:
-                request = json.loads(line)
-                answer = work.start() if request["do"] == "start" else work.measure(request["seconds"])
-                answers.write(json.dumps(answer) + "\n")
-    except UserError as error:
-        answers.write(json.dumps({"error": str(error)}) + "\n")
+    with suppress(BrokenPipeError):  # the calling process is gone
+        try:
+            with closing(Work(Job(**json.loads(next(lines))))) as work:
+                answer({})
+                for line in lines:
+                    request = json.loads(line)
+                    answer(work.start() if request["do"] == "start" else work.measure(request["seconds"]))
+        except UserError as error:
+            answer({"error": str(error)})
 
 
 class Work:

@@ -232,6 +232,7 @@ def _try_choices(found: Findings) -> None:
 
     from sgmim_fast import config, ops
     from sgmim_fast.attention import check_attention
+    from sgmim_fast.data.dali_decoding import check_dali
     from sgmim_fast.models.norms import check_norm
     from sgmim_fast.train.compiling import check_compiler
     from sgmim_fast.train.optim import check_optimizer
@@ -253,7 +254,8 @@ def _try_choices(found: Findings) -> None:
         note("train.norm", name, partial(check_norm, name, device))
     for name in get_args(config.OptimizerName):
         note("optimizer.implementation", name, partial(check_optimizer, name, device))
-    note("data loader", "torch", partial(importlib.import_module, "sgmim_fast.data.torch_loader"))
+    note("data.loader", "torch", partial(importlib.import_module, "sgmim_fast.data.torch_loader"))
+    note("data.loader", "dali", check_dali)
     note("--compile", "", partial(check_compiler, device))
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sgmim_fast.data.sharding import shard_pairs
 from sgmim_fast.data.substitution import BadSample, Substitutes
 from sgmim_fast.data.verify import verify
 from sgmim_fast.errors import UserError
+from sgmim_fast.train.choices import check_choices
 from tests.pair_sets import (
     BREAKAGES,
     HEIGHT,
@@ -295,6 +297,22 @@ def test_what_dali_cannot_read(root: Path, tmp_path: Path) -> None:
     config = replace(config, data=replace(config.data, decode_on="gpu"))
     with pytest.raises(UserError, match=r"--data.decode-on gpu needs a training on a GPU"):
         load(mixed, config)
+
+
+def test_without_dali(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not installed, or broken: named it is refused with the reason; left to choose, the other loader is taken."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    chosen, why = choose_loader(manifest, settings("auto"))
+    assert chosen == "torch"
+    assert "pip install 'sgmim-fast[dali]'" in why
+    with pytest.raises(
+        UserError, match=r"^--data.loader dali: NVIDIA DALI cannot be imported \(.*--data.loader torch$"
+    ):
+        load(manifest, settings("dali"))
+    with pytest.raises(UserError, match=r"--data.loader dali"):
+        check_choices(settings("dali"), torch.device("cpu"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_loader(manifest, settings("auto")) == ("torch", "NVIDIA DALI is not installed")
 
 
 # -- bad files

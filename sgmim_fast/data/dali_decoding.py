@@ -4,10 +4,12 @@ Files are read by Python threads, which also look at their headers: so a file th
 or of another kind never reaches a pipeline, where it would take its whole batch with it.
 """
 
+import io
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from sgmim_fast.config import PretrainConfig
 from sgmim_fast.data import reading
@@ -40,6 +42,19 @@ def import_dali() -> Any:
             "pip install 'sgmim-fast[dali]', or use --data.loader torch"
         ) from error
     return fn, types, pipeline.Pipeline
+
+
+def check_dali() -> None:
+    """Decode a picture, which is more than importing.
+
+    Raises:
+        UserError: if DALI is not installed or cannot do it.
+    """
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "PNG")
+    (result,) = DaliDecoder(1).decode([(Encoded("a test picture", picture.getvalue()), None)])
+    if isinstance(result, UserError):
+        raise result
 
 
 def map_kind(file: Encoded) -> MapKind:
@@ -234,11 +249,11 @@ class DaliDecoder:
             if isinstance(values, UserError):
                 found.append(values)
                 continue
-            if self._kind == "integers":
-                stretched = reading.value_type(file) == np.uint8
-                values = values / (STRETCH if stretched else 1.0)
             values = np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float32)
-            if not np.isfinite(values).all():
+            if self._kind == "integers":
+                if reading.value_type(file) == np.uint8:
+                    values /= STRETCH
+            elif not np.isfinite(values).all():
                 found.append(not_finite(file.name))
                 continue
             found.append(values)

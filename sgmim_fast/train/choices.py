@@ -5,6 +5,7 @@ import torch
 from sgmim_fast import ops
 from sgmim_fast.attention import check_attention
 from sgmim_fast.config import PretrainConfig
+from sgmim_fast.data.dali_decoding import import_dali
 from sgmim_fast.models.norms import check_norm
 from sgmim_fast.train.compiling import check_compiler
 from sgmim_fast.train.optim import check_optimizer
@@ -21,5 +22,7 @@ def check_choices(config: PretrainConfig, device: torch.device) -> None:
     check_attention(train.attention, backend, device)
     check_norm(train.norm, device)
     check_optimizer(config.optimizer.implementation, device)
+    if config.data.loader == "dali":
+        import_dali()
     if train.compile:
         check_compiler(device)
