@@ -16,7 +16,7 @@ import torch
 from sgmim_fast.config import PretrainConfig
 from sgmim_fast.data.batches import Batch, draw_mask
 from sgmim_fast.data.dali_batch import IN_WORK, Graph, Helpers, Preparation, Ready
-from sgmim_fast.data.dali_decoding import DaliDecoder, not_finite
+from sgmim_fast.data.dali_decoding import DaliDecoder, import_dali, not_finite
 from sgmim_fast.data.members import Pairs
 from sgmim_fast.data.order import BEGIN, Place, SampleOrder
 from sgmim_fast.data.substitution import Substitutes
@@ -51,6 +51,7 @@ class DaliLoader:
         whole_graph: bool = False,
         pin_memory: bool = False,
     ) -> None:
+        import_dali()  # what is wrong is said now, not with the first batch
         self.order, self.substitutes = order, substitutes
         self._config, self._device_id = config, device_id
         self._prepare = Preparation(pairs, config)
