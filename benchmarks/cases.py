@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sgmim_fast import reference
-from sgmim_fast.config import GUIDANCE_HEADS, MODELS, ModelConfig
+from sgmim_fast.config import GUIDANCE_HEADS, ModelConfig
 from sgmim_fast.masking import CELL, masked_cell_count
+from sgmim_fast.recipes import MODELS
 
 RATIO = 0.6
 Inputs = dict[str, Tensor]

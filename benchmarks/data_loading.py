@@ -42,11 +42,11 @@ from benchmarks import harness
 from benchmarks.loading_contender import Contender, Job
 from benchmarks.loading_pairs import KINDS, open_part, warm, write_pairs
 from benchmarks.loading_parity import compare_loaders
-from sgmim_fast.config import MODELS
-from sgmim_fast.data.sharding import shard_pairs
+from sgmim_fast.data.sharding.shard_pairs import shard_pairs
 from sgmim_fast.data.shards import SHARD_LIST
-from sgmim_fast.data.verify_pairs import decoder_version
+from sgmim_fast.data.verification.checks import decoder_version
 from sgmim_fast.errors import UserError, one_line_errors
+from sgmim_fast.recipes import MODELS
 
 RESULTS = harness.RESULTS / "data_loading.jsonl"
 STORAGES = ("folder", "shards")

@@ -21,12 +21,13 @@ from typing import Any, Self
 import torch
 
 from benchmarks.loading_pairs import open_part
-from sgmim_fast.config import MODELS, DataConfig, PretrainConfig, TrainConfig
+from sgmim_fast.config import DataConfig, PretrainConfig, TrainConfig
 from sgmim_fast.data.dali_batch import IN_WORK
 from sgmim_fast.data.dali_loader import FINISHED
 from sgmim_fast.data.loading import build_loader
 from sgmim_fast.data.members import Pairs
 from sgmim_fast.errors import UserError
+from sgmim_fast.recipes import MODELS
 
 REST = 0.2  # seconds between two looks whether a process rests
 RESTING = 0.05  # of a core; what it may use then
@@ -211,8 +212,8 @@ def loaded(job: Job, pairs: Pairs) -> Generator[int, None, None]:
 
 def verified(job: Job, pairs: Pairs) -> Generator[int, None, None]:
     """Sizes of the chunks that ``sgmim verify`` has checked, the same pairs again and again."""
-    from sgmim_fast.data.verify_pairs import CheckSettings, Item, create_decoder, decoder_version
-    from sgmim_fast.data.verify_pool import check_pairs
+    from sgmim_fast.data.verification.checks import CheckSettings, Item, create_decoder, decoder_version
+    from sgmim_fast.data.verification.pool import check_pairs
 
     def items() -> Iterator[Item]:
         for index in cycle(range(len(pairs))):

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 def _synth(arguments: argparse.Namespace) -> None:
     from rich.progress import Progress
 
-    from sgmim_fast.data.synthetic import render_dataset
+    from sgmim_fast.data.scenes.synthetic import render_dataset
 
     with Progress() as progress:
         task = progress.add_task("rendering scenes", total=arguments.count)
@@ -138,8 +138,8 @@ def _synth(arguments: argparse.Namespace) -> None:
 def _structure_maps(arguments: argparse.Namespace) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from sgmim_fast.data.launched_ranks import joined_ranks, launched_rank
-    from sgmim_fast.data.structure_maps import make_structure_maps
+    from sgmim_fast.data.estimation.launched_ranks import joined_ranks, launched_rank
+    from sgmim_fast.data.estimation.structure_maps import make_structure_maps
 
     rank, world_size, device = launched_rank(arguments.device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -171,7 +171,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from sgmim_fast.data.loading import dali_installed
-    from sgmim_fast.data.verify import verify
+    from sgmim_fast.data.verification.verify import verify
 
     loader = arguments.loader
     if loader == "auto":
@@ -196,8 +196,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _shard(arguments: argparse.Namespace) -> None:
     from rich.progress import Progress
 
-    from sgmim_fast.data.packing import Packing
-    from sgmim_fast.data.sharding import SKIPPED, shard_pairs
+    from sgmim_fast.data.sharding.packing import Packing
+    from sgmim_fast.data.sharding.shard_pairs import SKIPPED, shard_pairs
 
     packing = Packing(
         shard_size=arguments.shard_size,

@@ -36,9 +36,10 @@ from machine_code import SHARED_BYTES, MachineCode, read_machine_code  # noqa: E
 
 import benchmarks  # noqa: E402, F401  (makes sgmim_fast.kernels importable where nothing is installed)
 from sgmim_fast import kernels, ops  # noqa: E402
-from sgmim_fast.config import MODELS, RECIPES, ModelConfig  # noqa: E402
+from sgmim_fast.config import ModelConfig  # noqa: E402
 from sgmim_fast.kernels.launch import TRITON  # noqa: E402
 from sgmim_fast.masking import masked_cell_count  # noqa: E402
+from sgmim_fast.recipes import MODELS, RECIPES  # noqa: E402
 from sgmim_fast.tasks.pretrain import PretrainTask  # noqa: E402
 
 MOST_PROGRAMS = 2**31 - 1  # along the first dimension of a grid

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sgmim_fast.config import RECIPES
 from sgmim_fast.errors import UserError
+from sgmim_fast.recipes import RECIPES
 from sgmim_fast.train.arguments import config_to_json, load_config, parse_config
 
 

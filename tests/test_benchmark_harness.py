@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks import bars, gpu_check, harness, kernels, train_step
 from benchmarks.cases import all_cases, class_token_of, guidance_of, window_case
 from benchmarks.peers import Contender, contender, flex_class_token_attention, flex_window_attention
-from sgmim_fast.config import MODELS
 from sgmim_fast.errors import UserError
+from sgmim_fast.recipes import MODELS
 from tests.kernel_cases import DEVICE
 
 ROOT = Path(__file__).parents[1]

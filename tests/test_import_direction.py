@@ -16,7 +16,7 @@ LAYERS = (
     ("errors",),
     ("masking", "nvidia_apex"),
     ("config", "reference", "kernels"),
-    ("attention",),
+    ("recipes", "attention"),
     ("ops",),
     ("models", "weight_layouts"),
     ("weights", "data"),

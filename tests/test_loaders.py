@@ -18,10 +18,10 @@ from sgmim_fast.data.dali_loader import DaliLoader
 from sgmim_fast.data.loading import choose_loader, sample_order
 from sgmim_fast.data.manifest import Manifest, read_manifest
 from sgmim_fast.data.members import Pairs
-from sgmim_fast.data.packing import Packing
-from sgmim_fast.data.sharding import shard_pairs
+from sgmim_fast.data.sharding.packing import Packing
+from sgmim_fast.data.sharding.shard_pairs import shard_pairs
 from sgmim_fast.data.substitution import BadSample, Substitutes
-from sgmim_fast.data.verify import verify
+from sgmim_fast.data.verification.verify import verify
 from sgmim_fast.errors import UserError
 from sgmim_fast.train.choices import check_choices
 from tests.pair_sets import (

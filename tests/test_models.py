@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgmim_fast import ModelConfig, UserError, create_model
-from sgmim_fast.config import MODELS
 from sgmim_fast.kernels import launch
 from sgmim_fast.masking import draw_cell_mask, mask_indices, masked_cell_count, sample_rng
 from sgmim_fast.models.layers import merge_neighbours
 from sgmim_fast.models.sgmim import SGMIM
+from sgmim_fast.recipes import MODELS
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "swin": {"embed_dim": 8, "depths": (2, 2, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 4},

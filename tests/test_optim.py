@@ -12,7 +12,8 @@ import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 
 from sgmim_fast import ModelConfig, UserError, create_model, nvidia_apex
-from sgmim_fast.config import RECIPES, OptimizerConfig, OptimizerName, ScheduleConfig
+from sgmim_fast.config import OptimizerConfig, OptimizerName, ScheduleConfig
+from sgmim_fast.recipes import RECIPES
 from sgmim_fast.train.optim import build_optimizer, check_optimizer, learning_rate, parameter_groups
 
 STEPS = 10  # an epoch

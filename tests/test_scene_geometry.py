@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sgmim_fast.data import scene_geometry
-from sgmim_fast.data.scene import Scene, render_scene
-from sgmim_fast.data.scene_geometry import NOTHING, SPHERE, Camera, Shape, Solid
-from sgmim_fast.data.scene_objects import make_solid, random_axes
+from sgmim_fast.data.scenes import geometry as scene_geometry
+from sgmim_fast.data.scenes.geometry import NOTHING, SPHERE, Camera, Shape, Solid
+from sgmim_fast.data.scenes.objects import make_solid, random_axes
+from sgmim_fast.data.scenes.scene import Scene, render_scene
 
 SHAPES: tuple[Shape, ...] = ("box", "sphere", "cylinder", "cone")
 F64 = NDArray[np.float64]

@@ -22,8 +22,8 @@ from PIL import Image
 from sgmim_fast.data import reading
 from sgmim_fast.data.members import Encoded, Pairs
 from sgmim_fast.data.order import LANES, SampleOrder
-from sgmim_fast.data.packing import Packing
-from sgmim_fast.data.sharding import shard_pairs
+from sgmim_fast.data.sharding.packing import Packing
+from sgmim_fast.data.sharding.shard_pairs import shard_pairs
 from sgmim_fast.data.shards import list_sha256, read_shards
 from sgmim_fast.data.sources import open_pairs
 from sgmim_fast.errors import UserError
@@ -260,8 +260,8 @@ def test_values_of_every_type_are_kept_or_refused(tmp_path: Path, maps: str, dty
 
 KILLED = """
 import os, signal, sys
-from sgmim_fast.data.packing import Packing
-from sgmim_fast.data.sharding import shard_pairs
+from sgmim_fast.data.sharding.packing import Packing
+from sgmim_fast.data.sharding.shard_pairs import shard_pairs
 
 def progress(done, total):
     if done >= 13:  # more than two processes have in hand, so that a shard is whole

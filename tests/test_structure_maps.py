@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sgmim_fast.data import depth_estimator
-from sgmim_fast.data.depth_estimator import DepthEstimator, open_estimator, scale_to_16_bits
-from sgmim_fast.data.launched_ranks import launched_rank
+from sgmim_fast.data.estimation import depth_estimator
+from sgmim_fast.data.estimation.depth_estimator import DepthEstimator, open_estimator, scale_to_16_bits
+from sgmim_fast.data.estimation.launched_ranks import launched_rank
+from sgmim_fast.data.estimation.structure_maps import Summary, make_structure_maps
 from sgmim_fast.data.manifest import read_manifest
 from sgmim_fast.data.reading import image_size, read_structure
-from sgmim_fast.data.structure_maps import Summary, make_structure_maps
 from sgmim_fast.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="the extra maps is not installed")
@@ -442,8 +442,8 @@ def test_too_large_a_batch_is_one_line(data: Path, dpt: str, monkeypatch: pytest
 # What the command line does, in small.
 COMMAND = """
 import sys
-from sgmim_fast.data.launched_ranks import joined_ranks, launched_rank
-from sgmim_fast.data.structure_maps import make_structure_maps
+from sgmim_fast.data.estimation.launched_ranks import joined_ranks, launched_rank
+from sgmim_fast.data.estimation.structure_maps import make_structure_maps
 from sgmim_fast.errors import one_line_errors
 images, out, model = sys.argv[1:]
 with one_line_errors():

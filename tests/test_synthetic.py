@@ -19,10 +19,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from sgmim_fast.data import synthetic
-from sgmim_fast.data.scene import encode_depth
-from sgmim_fast.data.scene_geometry import CLASS_NAMES
-from sgmim_fast.data.synthetic import NEAR, Scene, render_dataset, render_scene
+from sgmim_fast.data.scenes import synthetic
+from sgmim_fast.data.scenes.geometry import CLASS_NAMES
+from sgmim_fast.data.scenes.scene import encode_depth
+from sgmim_fast.data.scenes.synthetic import NEAR, Scene, render_dataset, render_scene
 from sgmim_fast.errors import UserError
 
 F64 = NDArray[np.float64]
@@ -275,7 +275,7 @@ def test_failures_in_other_processes_arrive_here(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_an_interruption(tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "scenes"
-    code = "import sys, pathlib; from sgmim_fast.data.synthetic import render_dataset as render; "
+    code = "import sys, pathlib; from sgmim_fast.data.scenes.synthetic import render_dataset as render; "
     code += "render(pathlib.Path(sys.argv[1]), count=100000, size=32, workers=2)"
     main = subprocess.Popen(
         [sys.executable, "-c", code, str(out)], start_new_session=True, stderr=subprocess.PIPE, text=True
@@ -313,7 +313,7 @@ spec = importlib.util.find_spec("sgmim_fast")
 bare = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("sgmim_fast", None, is_package=True))
 bare.__path__ = list(spec.submodule_search_locations)
 sys.modules["sgmim_fast"] = bare
-import sgmim_fast.data.synthetic
+import sgmim_fast.data.scenes.synthetic
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

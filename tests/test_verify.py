@@ -12,8 +12,8 @@ from verify_cases import BAD, H, W, cut, depth, one_line, pixels, quarantined, s
 
 from sgmim_fast.data.decoding import DecodedPair, PillowDecoder
 from sgmim_fast.data.manifest import read_manifest
+from sgmim_fast.data.verification.verify import Summary, create_decoder, verify
 from sgmim_fast.data.verified import read_verified
-from sgmim_fast.data.verify import Summary, create_decoder, verify
 
 
 @pytest.fixture(scope="module", params=["torch", "dali"])

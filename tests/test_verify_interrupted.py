@@ -15,9 +15,9 @@ from verify_cases import cut, one_line, quarantined, write_pair, write_pairs
 
 from sgmim_fast.data.decoding import DecodedPair, Decoder, EncodedPair, PillowDecoder
 from sgmim_fast.data.manifest import read_manifest
-from sgmim_fast.data.verify import verify
-from sgmim_fast.data.verify_journal import Journal
-from sgmim_fast.data.verify_pairs import Checked, CheckSettings, stamp_of
+from sgmim_fast.data.verification.checks import Checked, CheckSettings, stamp_of
+from sgmim_fast.data.verification.journal import Journal
+from sgmim_fast.data.verification.verify import verify
 from sgmim_fast.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def test_process_that_is_killed_or_cannot_start_is_one_line(tmp_path: Path) -> N
 SLOW_VERIFY = """
 import sys, time
 from sgmim_fast.data.decoding import PillowDecoder
-from sgmim_fast.data.verify import verify
+from sgmim_fast.data.verification.verify import verify
 
 class SlowDecoder(PillowDecoder):
     def decode(self, pairs):
@@ -181,7 +181,7 @@ def test_verification_that_was_interrupted_at_its_end_decodes_nothing(
         raise OSError(errno.ENOSPC, "No space left on device", "quarantine.jsonl")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sgmim_fast.data.verify.write_quarantine", full)
+        patch.setattr("sgmim_fast.data.verification.verify.write_quarantine", full)
         with pytest.raises(OSError, match="No space left"):
             verify(tmp_path, workers=1)
     assert not (tmp_path / "manifest.tsv").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 from verify_cases import cut, one_line, write_pair, write_pairs
 
 from sgmim_fast.data.manifest import read_manifest
-from sgmim_fast.data.verify import verify
+from sgmim_fast.data.verification.verify import verify
 
 
 def test_changed_listing_is_refused(tmp_path: Path) -> None:

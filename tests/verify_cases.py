@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sgmim_fast.data.verify import Summary
+from sgmim_fast.data.verification.verify import Summary
 from sgmim_fast.errors import UserError
 
 H, W = 40, 56

@@ -3,9 +3,10 @@
 from dataclasses import fields, replace
 from typing import Any
 
-from sgmim_fast.config import MODELS, Attention, Backend, ModelConfig
+from sgmim_fast.config import Attention, Backend, ModelConfig
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.sgmim import SGMIM
+from sgmim_fast.recipes import MODELS
 
 
 def create_model(
@@ -14,7 +15,7 @@ def create_model(
     """A freshly initialised pre-training model.
 
     Args:
-        model: a name such as ``"sgmim_swin_base"`` (see ``sgmim_fast.config.MODELS``) or a configuration.
+        model: a name such as ``"sgmim_swin_base"`` (see ``sgmim_fast.recipes.MODELS``) or a configuration.
         backend: which implementation runs; see ``SGMIM.set_backend``.
         attention: whose attention runs; see ``SGMIM.set_attention``.
         **overrides: fields of ``ModelConfig`` to change.

@@ -18,8 +18,9 @@ from typing import Any
 import tyro
 import yaml
 
-from sgmim_fast.config import RECIPES, PretrainConfig
+from sgmim_fast.config import PretrainConfig
 from sgmim_fast.errors import UserError
+from sgmim_fast.recipes import RECIPES
 
 DESCRIPTION = """Pre-train an encoder by SG-MIM on a folder of image and structure-map pairs.
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sgmim_fast.data.scene_geometry import CEILING, GROUND, Camera, Solid
-from sgmim_fast.data.scene_objects import arrange, wall_with_opening, yaw_axes
-from sgmim_fast.data.scene_textures import F32, Material, draw_colors, draw_material
+from sgmim_fast.data.scenes.geometry import CEILING, GROUND, Camera, Solid
+from sgmim_fast.data.scenes.objects import arrange, wall_with_opening, yaw_axes
+from sgmim_fast.data.scenes.textures import F32, Material, draw_colors, draw_material
 
 F64 = NDArray[np.float64]
 _FLOOR = 0.02  # metres by which a room's floor lies above the ground outside

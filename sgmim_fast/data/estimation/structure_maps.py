@@ -20,10 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sgmim_fast.data.depth_estimator import UNKNOWN, DepthEstimator, open_estimator, scale_to_16_bits
-from sgmim_fast.data.launched_ranks import AddUp
-from sgmim_fast.data.manifest import IMAGE_SUFFIXES, _list_folder
-from sgmim_fast.data.map_files import (
+from sgmim_fast.data.estimation.depth_estimator import UNKNOWN, DepthEstimator, open_estimator, scale_to_16_bits
+from sgmim_fast.data.estimation.launched_ranks import AddUp
+from sgmim_fast.data.estimation.map_files import (
     failures_name,
     maker,
     map_path,
@@ -32,6 +31,7 @@ from sgmim_fast.data.map_files import (
     write_json,
     write_map,
 )
+from sgmim_fast.data.manifest import IMAGE_SUFFIXES, _list_folder
 from sgmim_fast.data.reading import read_image
 from sgmim_fast.errors import UserError, first_line
 

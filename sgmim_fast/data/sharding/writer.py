@@ -8,7 +8,7 @@ from tarfile import USTAR_FORMAT, TarInfo
 from typing import NamedTuple
 
 from sgmim_fast.data.members import Member, PairMembers
-from sgmim_fast.data.packing import Content, Packing, encode_pair
+from sgmim_fast.data.sharding.packing import Content, Packing, encode_pair
 from sgmim_fast.data.shards import (
     BLOCK,
     INDEX_VERSION,

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sgmim_fast.data.scene_textures import Material
+from sgmim_fast.data.scenes.textures import Material
 
 F32 = NDArray[np.float32]
 Shape = Literal["box", "sphere", "cylinder", "cone"]

@@ -20,6 +20,10 @@ from sgmim_fast import __version__
 from sgmim_fast.data.manifest import find_source, list_pairs, root_of
 from sgmim_fast.data.pair_list import PairList
 from sgmim_fast.data.shards import SHARD_LIST
+from sgmim_fast.data.verification.checks import CheckSettings, Item, MakeDecoder, create_decoder, decoder_version
+from sgmim_fast.data.verification.journal import Journal
+from sgmim_fast.data.verification.pool import CHUNK, check_pairs
+from sgmim_fast.data.verification.results import Results
 from sgmim_fast.data.verified import (
     Verification,
     manifest_path,
@@ -28,10 +32,6 @@ from sgmim_fast.data.verified import (
     write_quarantine,
     write_verified,
 )
-from sgmim_fast.data.verify_journal import Journal
-from sgmim_fast.data.verify_pairs import CheckSettings, Item, MakeDecoder, create_decoder, decoder_version
-from sgmim_fast.data.verify_pool import CHUNK, check_pairs
-from sgmim_fast.data.verify_results import Results
 from sgmim_fast.errors import UserError
 
 MIN_SIDE = 32

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sgmim_fast.data.pair_list import PairList
-from sgmim_fast.data.verify_pairs import Checked
+from sgmim_fast.data.verification.checks import Checked
 
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 _RECORD = np.dtype(

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sgmim_fast.data.pair_list import PairList, entry_of
-from sgmim_fast.data.verify_pairs import Checked, CheckSettings, stamp_of
+from sgmim_fast.data.verification.checks import Checked, CheckSettings, stamp_of
 from sgmim_fast.errors import UserError
 
 _FORMAT = 1

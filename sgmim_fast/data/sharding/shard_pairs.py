@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from sgmim_fast.data.members import Pairs
-from sgmim_fast.data.packing import VERBATIM, Packing
-from sgmim_fast.data.shard_writer import Task, find_packed, pack_pair, pack_shard, packed_size, write_whole
+from sgmim_fast.data.sharding.packing import VERBATIM, Packing
+from sgmim_fast.data.sharding.writer import Task, find_packed, pack_pair, pack_shard, packed_size, write_whole
 from sgmim_fast.data.shards import SHARD_LIST, ShardSet, make_list, read_shards
 from sgmim_fast.data.sources import open_pairs
 from sgmim_fast.errors import UserError

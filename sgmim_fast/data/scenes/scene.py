@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sgmim_fast.data.scene_geometry import CLASS_NAMES, GROUND, NOTHING, SKY
-from sgmim_fast.data.scene_layout import Layout, draw_layout
-from sgmim_fast.data.scene_render import View, look, paint
+from sgmim_fast.data.scenes.geometry import CLASS_NAMES, GROUND, NOTHING, SKY
+from sgmim_fast.data.scenes.layout import Layout, draw_layout
+from sgmim_fast.data.scenes.render import View, look, paint
 from sgmim_fast.errors import UserError
 
 NEAR = 0.25

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sgmim_fast.data.scene_geometry import CLASS_OF_SHAPE, WALL, Shape, Solid
-from sgmim_fast.data.scene_textures import Material, draw_material
+from sgmim_fast.data.scenes.geometry import CLASS_OF_SHAPE, WALL, Shape, Solid
+from sgmim_fast.data.scenes.textures import Material, draw_material
 
 F64 = NDArray[np.float64]
 _SHAPES: tuple[Shape, ...] = ("box", "sphere", "cylinder", "cone")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sgmim_fast.data.scene_geometry import NOTHING, Solid, cast, local_normal, screen_bounds, shadow
-from sgmim_fast.data.scene_layout import Layout
-from sgmim_fast.data.scene_textures import F32, albedo, fractal_noise
+from sgmim_fast.data.scenes.geometry import NOTHING, Solid, cast, local_normal, screen_bounds, shadow
+from sgmim_fast.data.scenes.layout import Layout
+from sgmim_fast.data.scenes.textures import F32, albedo, fractal_noise
 
 _SUBPIXELS = ((-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))
 _LUMINANCE = np.array([[0.2126], [0.7152], [0.0722]], dtype=np.float32)

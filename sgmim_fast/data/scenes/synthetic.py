@@ -31,8 +31,8 @@ from typing import Any
 from numpy.typing import NDArray
 from PIL import Image
 
-from sgmim_fast.data.scene import MIN_SIDE, NEAR, Scene, render_scene
-from sgmim_fast.data.scene_geometry import CLASS_NAMES
+from sgmim_fast.data.scenes.geometry import CLASS_NAMES
+from sgmim_fast.data.scenes.scene import MIN_SIDE, NEAR, Scene, render_scene
 from sgmim_fast.errors import UserError
 
 __all__ = ["CLASS_NAMES", "NEAR", "Scene", "render_dataset", "render_scene"]

@@ -12,7 +12,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from sgmim_fast.data.verify_pairs import Checked, CheckSettings, Item, MakeDecoder, PairChecker, stamp_of
+from sgmim_fast.data.verification.checks import Checked, CheckSettings, Item, MakeDecoder, PairChecker, stamp_of
 from sgmim_fast.errors import UserError
 
 CHUNK = 16

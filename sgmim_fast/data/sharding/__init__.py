@@ -1,0 +1,1 @@
+"""Packing pairs into shards, for ``sgmim shard``."""

@@ -1,0 +1,1 @@
+"""Decoding every pair of a data set once, for ``sgmim verify``."""
