@@ -104,6 +104,12 @@ def test_compile_has_a_short_name(words: list[str], compiled: bool) -> None:
     assert parse_config(words)[0].train.compile is compiled
 
 
+def test_the_loader_has_a_short_name() -> None:
+    assert parse_config(["--loader", "torch"])[0].data.loader == "torch"
+    with pytest.raises(UserError, match="torch"):
+        parse_config(["--loader", "tensorflow"])
+
+
 def test_a_run_of_an_older_version_is_read(tmp_path: Path) -> None:
     """Its file names none of the choices that came later; they are what it ran with."""
     content = json.loads(config_to_json(RECIPES["demo"](), "demo"))

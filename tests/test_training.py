@@ -259,6 +259,28 @@ def test_a_broken_image_stops_all_ranks_with_its_name(pairs: Path, tmp_path: Pat
     assert (tmp_path / "run" / "metrics.jsonl.1").read_text() == left
 
 
+def test_a_broken_image_is_replaced_and_named(pairs: Path, tmp_path: Path) -> None:
+    """One epoch of six steps meets each pair once."""
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    broken = data / "images" / "07.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    done = train(2, [*arguments(data, tmp_path / "run", data__workers=1), "--data.max-bad-share", "0.1"])
+    succeed(done)
+    lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    (bad,) = map(json.loads, lines)
+    assert (bad["epoch"], bad["sample"]) == (0, 7)
+    assert bad["substitute"] != 7
+    assert "07.jpg: cannot be read" in bad["reason"]
+    told = [line for line in (done.stdout + done.stderr).splitlines() if "07.jpg" in line]
+    assert len(told) == 1
+    assert told[0].startswith("warning: ")
+    assert told[0].endswith(f"pair {bad['substitute']} stands in for pair 7")
+    counts = [row["bad_samples"] for row in rows(tmp_path / "run")]
+    assert counts[-1] == 1
+    assert counts == sorted(counts)
+
+
 def test_a_data_set_smaller_than_a_step(pairs: Path, tmp_path: Path) -> None:
     refuse(arguments(pairs, tmp_path / "run", train__batch_size=64), "lower --train.batch-size")
 

@@ -32,10 +32,16 @@ Start it with a launcher, one process a GPU (or, without GPUs, a CPU rank each):
 --recipe NAME   start from one of: {recipes}
 --config FILE   YAML with any of the options below, nested by their dots
 --data PATH     short for --data.path
+--loader NAME   short for --data.loader
 --compile       short for --train.compile
 """
 
-SHORT = {"--data": "--data.path", "--compile": "--train.compile", "--no-compile": "--train.no-compile"}
+SHORT = {
+    "--data": "--data.path",
+    "--loader": "--data.loader",
+    "--compile": "--train.compile",
+    "--no-compile": "--train.no-compile",
+}
 
 
 def parse_config(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
