@@ -281,8 +281,6 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from sgmim_fast.train.run_folder import latest_name
-
     began = time.perf_counter()
     if not (DEMO_SCENES / "metadata.jsonl").exists():
         print(f"1/4 rendering {arguments.count} scenes into {DEMO_SCENES}", flush=True)
@@ -292,7 +290,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     if finished:
         print(f"    {DEMO_RUN} holds a finished run; delete the folder to train again")
     else:
-        options = ["--resume"] if latest_name(DEMO_RUN) else []
+        options = ["--resume", "auto"]
         options += ["--train.max-steps", str(arguments.steps)] if arguments.steps else []
         status = _pretrain(["--num-gpus", "2", "--recipe", "demo", "--data", str(DEMO_SCENES), *options])
         if status:

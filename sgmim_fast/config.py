@@ -279,15 +279,21 @@ class TrainConfig:
     """Optimizer steps between metric rows; the device is waited for only there."""
     checkpoint_every: int = 1000
     """Optimizer steps between checkpoints; one is always written at the end."""
+    keep_last: int = 3
+    """Newest checkpoints to keep; older ones are removed once a newer one is whole."""
+    keep_every: int | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, ("fp32", "bf16"))
         _one_of("train.backend", self.backend, get_args(Backend))
         _one_of("train.attention", self.attention, get_args(Attention))
         _one_of("train.norm", self.norm, get_args(Norm))
-        for name in ("batch_size", "accumulation_steps", "log_every", "checkpoint_every"):
+        for name in ("batch_size", "accumulation_steps", "log_every", "checkpoint_every", "keep_last"):
             _require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} must be 1 or more")
-        _require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps {self.max_steps} must be 1 or more")
+        for name in ("keep_every", "max_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name} {value} must be 1 or more")
         _require(self.seed >= 0, f"train.seed {self.seed} must be 0 or more")
         _require(self.zero_stage in (0, 1, 2, 3), f"train.zero_stage {self.zero_stage} must be 0, 1, 2 or 3")
         _require(
@@ -327,8 +333,10 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     output: str = "runs/pretrain"
     """Folder of the run: configuration, metrics, TensorBoard files, checkpoints."""
-    resume: bool = False
-    """Continue from the newest checkpoint in the output folder."""
+    resume: str = "none"
+    """Go on from the output folder's newest intact checkpoint ("auto"; without one, begin anew) or from a path."""
+    allow_changes: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's though they change the result, such as optimizer.lr."""
 
     def __post_init__(self) -> None:
         rows, columns = self.model.grid

@@ -147,7 +147,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(two_ranks: Path, pai
     kept = rows(broken)[:3]
     (broken / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
-    succeed(train(2, [*arguments(pairs, broken), "--resume"]))
+    succeed(train(2, [*arguments(pairs, broken), "--resume", "auto"]))
 
     for resumed, straight in zip(rows(broken), rows(two_ranks), strict=True):
         for name in ("step", "epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm"):
@@ -179,7 +179,7 @@ def test_a_run_killed_within_an_epoch_sees_the_same_batches_again(
         **{"epoch": 0, "taken": 4 * state["step"], "pairs": state["loader"]["pairs"], "seed": 0, "shuffle_buffer": 0},
         **{"batch_size": 2, "accumulation_steps": 1, "world_size": 2},
     }
-    out = succeed(train(2, [*words, "--resume"]))
+    out = succeed(train(2, [*words, "--resume", "auto"]))
     assert f"24 pairs through {loader}" in out
     by_step = {row["step"]: row for row in rows(output)}
     for straight in rows(two_ranks):
@@ -201,7 +201,7 @@ def test_stages_precisions_and_drop_path_resume_exactly(
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     succeed(train(1, arguments(pairs, straight, **options, train__max_steps=4)))
     succeed(train(1, arguments(pairs, halves, **options, train__max_steps=2)))
-    succeed(train(1, [*arguments(pairs, halves, **options, train__max_steps=4), "--resume"]))
+    succeed(train(1, [*arguments(pairs, halves, **options, train__max_steps=4), "--resume", "auto"]))
     for a, b in zip(rows(straight), rows(halves), strict=True):
         assert a["loss"] == b["loss"], a["step"]
         assert a["grad_norm"] == b["grad_norm"] > 0
@@ -217,7 +217,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(two_ranks: Path, pair
     output = tmp_path / "full"
     shutil.copytree(two_ranks, output)
     before = weights(output, 6)
-    words = [*arguments(pairs, output, train__max_steps=7), "--resume"]
+    words = [*arguments(pairs, output, train__max_steps=7), "--resume", "auto"]
     largest = max(p.stat().st_size for p in (output / "checkpoints" / "step_000006").iterdir())
     done = train(2, words, file_limit=largest // 1024 // 2)
     assert done.returncode != 0
@@ -291,27 +291,57 @@ def test_a_folder_that_cannot_be_written(pairs: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_not_overwritten(two_ranks: Path, pairs: Path) -> None:
-    refuse(arguments(pairs, two_ranks), "already holds a run; continue it with --resume")
+    refuse(arguments(pairs, two_ranks), "already holds a run; continue it with --resume auto")
 
 
 def test_resuming_a_finished_run_changes_nothing(two_ranks: Path, pairs: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in two_ranks.rglob("*") if path.is_file()}
-    out = succeed(train(2, [*arguments(pairs, two_ranks), "--resume"]))
+    out = succeed(train(2, [*arguments(pairs, two_ranks), "--resume", "auto"]))
     assert "has done all 6 steps" in out
     assert {path: path.stat().st_mtime_ns for path in two_ranks.rglob("*") if path.is_file()} == before
 
 
-def test_resume_without_a_checkpoint(pairs: Path, tmp_path: Path) -> None:
-    refuse([*arguments(pairs, tmp_path / "none"), "--resume"], "has no checkpoint")
+def test_resume_where_there_is_nothing_to_resume(pairs: Path, tmp_path: Path) -> None:
+    """A job that is queued with --resume auto begins anew; a path that is none is an error."""
+    out = succeed(train(1, [*arguments(pairs, tmp_path / "none", train__max_steps=1), "--resume", "auto"]))
+    assert "has no checkpoint: the run begins anew" in out
+    refuse([*arguments(pairs, tmp_path / "other"), "--resume", str(pairs)], "neither a checkpoint nor a run")
 
 
 def test_resume_with_another_model_names_what_differs(two_ranks: Path, pairs: Path) -> None:
     words = arguments(pairs, two_ranks, model__embed_dim=32, train__max_steps=9, train__batch_size=4)
-    refuse([*words, "--resume"], "model.embed_dim")
+    refuse([*words, "--resume", "auto"], "model.embed_dim = 16, this run has 32")
+
+
+def test_changed_mathematics_must_be_named(two_ranks: Path, pairs: Path, tmp_path: Path) -> None:
+    """Another learning rate is refused, then allowed; the run goes on in a folder of its own."""
+    words = [*arguments(pairs, tmp_path / "run", train__max_steps=7), "--resume", str(two_ranks)]
+    changed = [*words, "--optimizer.lr", "0.5"]
+    done = train(2, changed)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "optimizer.lr = 0.016, this run has 0.5" in errors[0]
+    assert "--allow-changes optimizer.lr" in errors[0]
+    succeed(train(2, [*changed, "--allow-changes", "optimizer.lr"]))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [7]
+
+
+def test_a_damaged_checkpoint_is_passed_over(two_ranks: Path, pairs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(two_ranks, output)
+    shards = output / "checkpoints" / "step_000006" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = bytearray(shards.read_bytes())
+    content[len(content) // 2] ^= 1
+    shards.write_bytes(content)
+    out = succeed(train(2, [*arguments(pairs, output), "--resume", "auto"]))
+    assert "step_000006 is damaged (zero_pp_rank_1_mp_rank_00_optim_states.pt has other content" in out
+    assert "from step 3" in out
+    for name, value in weights(two_ranks, 6).items():
+        assert torch.equal(weights(output, 6)[name], value), name
 
 
 def test_resume_on_another_number_of_ranks(two_ranks: Path, pairs: Path) -> None:
     refuse(
-        [*arguments(pairs, two_ranks, train__max_steps=9, train__batch_size=4), "--resume"],
+        [*arguments(pairs, two_ranks, train__max_steps=9, train__batch_size=4), "--resume", "auto"],
         "world_size = 2, this run has 1",
     )

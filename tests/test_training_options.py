@@ -85,7 +85,7 @@ def test_a_missing_compiler_stops_a_run_before_it_starts(
 def test_another_optimizer_cannot_take_up_a_run(one_rank: Path, pairs: Path, tmp_path: Path) -> None:
     """Each keeps its state in its own way; a run from before the choice had the one of PyTorch."""
     run = shutil.copytree(one_rank, tmp_path / "run")
-    words = [*arguments(pairs, run, **SMALL | {"train__max_steps": "3"}), "--resume"]
+    words = [*arguments(pairs, run, **SMALL | {"train__max_steps": "3"}), "--resume", "auto"]
     state = run / "checkpoints" / "step_000002" / "state.json"
     content = json.loads(state.read_text())
     assert content["optimizer"] == "adamw"

@@ -43,6 +43,11 @@ class LoaderState:
     def place(self) -> Place:
         return Place(self.epoch, self.taken)
 
+    @property
+    def step_size(self) -> int:
+        """Pairs of one optimizer step over all ranks."""
+        return self.batch_size * self.accumulation_steps * self.world_size
+
     def differences(self, other: "LoaderState") -> dict[str, tuple[object, object]]:
         """What would make another order of the samples, as option -> (here, there).
 

@@ -1,7 +1,8 @@
 """Checkpoints of a run: ``checkpoints/step_000200/`` with DeepSpeed's shards, the weights and the position.
 
-A checkpoint is written under a temporary name and renamed when every rank has finished; only then is
-``latest`` replaced. Whatever interrupts a save, ``latest`` names a complete checkpoint.
+A checkpoint is written under a temporary name and renamed when every rank has finished and its files are listed with
+their checksums; only then is ``latest`` replaced, and only then are old ones removed. Whatever interrupts a save,
+``latest`` names a complete checkpoint.
 """
 
 import json
@@ -16,68 +17,93 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import distributed
 
+from sgmim_fast.config import PretrainConfig
 from sgmim_fast.data.order import LoaderState
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.sgmim import SGMIM
+from sgmim_fast.train.environment import versions
 from sgmim_fast.train.ranks import is_lost_peer
-from sgmim_fast.train.run_folder import LATEST, STATE, WEIGHTS, checkpoints, latest_checkpoint
+from sgmim_fast.train.run_folder import (
+    FILES,
+    LATEST,
+    STATE,
+    WEIGHTS,
+    checkpoint_name,
+    checkpoints,
+    latest_checkpoint,
+    list_checkpoints,
+    list_files,
+    step_of,
+)
 from sgmim_fast.weights import save_weights
+
+_UNFINISHED = ".incomplete-"
+_REMOVED = ".removed-"
+_SPARE = 1.05  # of the newest checkpoint's size must be free
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a checkpoint's run had come, and what a continuation must share with it."""
+    """How far a checkpoint's run had come, and how it was made.
+
+    No state of a random generator is among it: every step draws from (seed, step, rank), every sample from (seed,
+    epoch, index).
+    """
 
     step: int
     """Optimizer steps done."""
-    world_size: int
-    zero_stage: int
-    precision: str
-    samples_per_step: int
-    """Pairs of one optimizer step over all ranks."""
     loader: LoaderState
-    model: dict[str, Any]
-    """Fields of ``ModelConfig``."""
-    optimizer: str = "adamw"
-    """Whose AdamW: each keeps its state in its own way."""
+    config: dict[str, Any]
+    """Fields of ``PretrainConfig``."""
+    versions: dict[str, str]
+    """Of the packages and the code that wrote it."""
+
+    @classmethod
+    def at(cls, step: int, loader: LoaderState, config: PretrainConfig) -> "Position":
+        """The position of a run of this version."""
+        return cls(step, loader, json.loads(json.dumps(asdict(config))), versions())
 
 
 def save_checkpoint(engine: deepspeed.DeepSpeedEngine, model: SGMIM, run: Path, position: Position) -> Path:
-    """Write a checkpoint; every rank calls it. Returns the folder.
+    """Write a checkpoint, then remove what need not be kept; every rank calls it. Returns the folder.
 
     Raises:
         UserError: on rank 0, if the disk is full or not writable; earlier checkpoints stay intact.
     """
     root = checkpoints(run)
-    name = f"step_{position.step:06d}"
-    temporary, final = root / f".incomplete-{name}", root / name
+    name = checkpoint_name(position.step)
+    temporary, final = root / f"{_UNFINISHED}{name}", root / name
     chief = distributed.get_rank() == 0
     try:
         if chief:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _clear(root)
+            _check_space(run)
         distributed.barrier()
         engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
         weights = full_weights(model)
+        distributed.barrier()  # all shards are there
         if chief:
             _save_full(weights, model, temporary / WEIGHTS)
             (temporary / STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
+            (temporary / FILES).write_text(json.dumps(list_files(temporary), indent=1) + "\n")
             _make_durable(*temporary.iterdir(), temporary)
-        distributed.barrier()
-        if chief:
-            shutil.rmtree(final, ignore_errors=True)  # left by a save that died before `latest` named it
+            if final.exists():  # left by a save that died before `latest` named it
+                _remove(final)
             os.rename(temporary, final)
             pointer = root / (LATEST + ".new")
             pointer.write_text(name + "\n")
             _make_durable(pointer, root)
             os.replace(pointer, root / LATEST)
             _make_durable(root)
+            train = position.config["train"]
+            _forget(run, train["keep_last"], train["keep_every"])
         distributed.barrier()
     except (OSError, RuntimeError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_lost_peer(error) or not _is_write_failure(error):
             raise
         kept = latest_checkpoint(run)
-        intact = "no earlier checkpoint exists" if kept is None else f"{kept} is intact; continue with --resume"
+        intact = "no earlier checkpoint exists" if kept is None else f"{kept} is intact; continue with --resume auto"
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot write checkpoint {final}: {reason}; free space there. {intact}") from error
     return final
@@ -89,33 +115,42 @@ def _is_write_failure(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, expected: Position) -> Position:
-    """Restore the engine from ``folder`` and return how far it had come.
+def _check_space(run: Path) -> None:
+    """The next checkpoint is as large as the newest one; without any, writing tells."""
+    kept = list_checkpoints(run)
+    if not kept:
+        return
+    needed = int(_SPARE * sum(path.stat().st_size for path in kept[0].rglob("*") if path.is_file()))
+    free = shutil.disk_usage(checkpoints(run)).free
+    if free < needed:
+        raise UserError(f"it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
 
-    Raises:
-        UserError: if the checkpoint belongs to another model, data list or set-up than ``expected``.
-    """
-    found = read_position(folder)
-    for option, (was, now) in found.loader.differences(expected.loader).items():
-        raise _other_settings(folder, option, was, now)
-    for name in ("model", "world_size", "zero_stage", "precision", "samples_per_step", "optimizer"):
-        was, now = getattr(found, name), getattr(expected, name)
-        if was != now:
-            if name == "model":
-                name = ", ".join(f"model.{k}" for k in was if was[k] != now.get(k))
-                was, now = ({k: v[k.removeprefix("model.")] for k in name.split(", ")} for v in (was, now))
-            raise _other_settings(folder, name, was, now)
+
+def _forget(run: Path, keep_last: int, keep_every: int | None) -> None:
+    for folder in list_checkpoints(run)[keep_last:]:
+        if keep_every is None or step_of(folder) % keep_every:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first: a removal that is interrupted leaves nothing that looks like a checkpoint."""
+    aside = folder.with_name(f"{_REMOVED}{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear(root: Path) -> None:
+    """What interrupted saves and removals have left."""
+    for leftover in (*root.glob(f"{_UNFINISHED}*"), *root.glob(f"{_REMOVED}*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """Restore model and optimizer from ``folder``; every rank calls it."""
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
-        raise UserError(f"DeepSpeed found nothing to load in {folder}; write an earlier checkpoint's name into latest")
-    return found
-
-
-def _other_settings(folder: Path, name: str, was: object, now: object) -> UserError:
-    return UserError(
-        f"checkpoint {folder} was written with {name} = {was}, this run has {now}; "
-        "resume with the same settings, or start anew in another --output"
-    )
+        raise UserError(f"DeepSpeed found nothing to load in {folder}; choose an earlier checkpoint with --resume PATH")
 
 
 def read_position(folder: Path) -> Position:

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,17 @@ from sgmim_fast.data.loading import build_loader, choose_loader, sample_order
 from sgmim_fast.data.members import Pairs
 from sgmim_fast.data.order import BEGIN
 from sgmim_fast.data.sources import open_pairs
-from sgmim_fast.errors import UserError
 from sgmim_fast.tasks.pretrain import PretrainTask
 from sgmim_fast.train.arguments import config_to_json
 from sgmim_fast.train.bad_samples import BadSampleLog
-from sgmim_fast.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from sgmim_fast.train.checkpoint import Position, load_checkpoint, read_position, save_checkpoint
 from sgmim_fast.train.choices import check_choices
 from sgmim_fast.train.compiling import compile_step
 from sgmim_fast.train.environment import describe_environment
 from sgmim_fast.train.metrics import LossWindow, Reporter, Stopwatch, as_float, peak_memory_bytes
 from sgmim_fast.train.optim import build_optimizer, learning_rate
-from sgmim_fast.train.ranks import joined_ranks, own_device
-from sgmim_fast.train.run_folder import latest_checkpoint
+from sgmim_fast.train.ranks import joined_ranks, on_chief, own_device
+from sgmim_fast.train.resuming import check_same_run, starting_point
 
 
 def pretrain(config: PretrainConfig, recipe: str) -> Path:
@@ -42,16 +41,19 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
     run = Path(config.output)
     check_choices(config, own_device())
     pairs = open_pairs(config.data.path, structure=config.model.guidance != "none")
-    checkpoint = _starting_point(run, config.resume)
     with joined_ranks() as device:
+        chief = distributed.get_rank() == 0
+        checkpoint = on_chief(lambda: starting_point(run, config.resume, say))
         trainer = _Trainer(config, run, pairs, device)
         if checkpoint is not None:
-            trainer.position = load_checkpoint(trainer.engine, checkpoint, trainer.position)
+            found = read_position(checkpoint)
+            check_same_run(checkpoint, found.config, config, (found.loader, trainer.position.loader))
+            load_checkpoint(trainer.engine, checkpoint)
+            trainer.position = replace(trainer.position, step=found.step, loader=found.loader)
         start, total = trainer.position.step, trainer.last_step()
-        chief = trainer.rank == 0
         if start >= total:  # no error: a job that is queued again after its last step has nothing left to do
             if chief:
-                print(f"{checkpoint} has done all {total} steps; --schedule.epochs or --train.max-steps ends it later")
+                say(f"{checkpoint} has done all {total} steps; --schedule.epochs or --train.max-steps ends it later")
             return run
         tell = BadSampleLog(run, trainer.rank)
         place = trainer.position.loader.place
@@ -69,6 +71,11 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
     return run
 
 
+def say(line: str) -> None:
+    """One line for the reader, before there is a progress bar."""
+    print(line, flush=True)
+
+
 def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration for a run."""
     return {
@@ -80,15 +87,6 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
     }
-
-
-def _starting_point(run: Path, resume: bool) -> Path | None:
-    checkpoint = latest_checkpoint(run)
-    if resume and checkpoint is None:
-        raise UserError(f"--resume: {run} has no checkpoint; leave --resume out to start anew")
-    if not resume and checkpoint is not None:
-        raise UserError(f"{run} already holds a run; continue it with --resume, or choose another --output")
-    return checkpoint
 
 
 def _set_aside(run: Path) -> None:
@@ -127,16 +125,7 @@ class _Trainer:
         )
         if train.compile:
             compile_step(self.task)
-        self.position = Position(
-            step=0,
-            world_size=self.world_size,
-            zero_stage=train.zero_stage,
-            precision=train.precision,
-            samples_per_step=self.order.step_size,
-            loader=self.order.state(BEGIN, pairs.sha256),
-            model=json.loads(json.dumps(asdict(config.model))),  # as state.json gives it back
-            optimizer=config.optimizer.implementation,
-        )
+        self.position = Position.at(0, self.order.state(BEGIN, pairs.sha256), config)
 
     def last_step(self) -> int:
         """Optimizer steps of the whole run."""

@@ -26,12 +26,18 @@ def describe_environment(device: "torch.device", world_size: int) -> dict[str, s
         "cpu": cpu_name(),
         "cores": os.cpu_count() or 0,
         "world_size": world_size,
-        "commit": _commit(),
+        "commit": commit(),
     }
     if device.type == "cuda":
         import torch
 
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
+    return found | versions()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that results depend on."""
+    found = {}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
@@ -49,7 +55,7 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str:
+def commit() -> str:
     """Commit of the source tree, with "+changes" if it differs; "installed" where there is no tree."""
     tree = Path(__file__).resolve().parents[2]
     if not (tree / ".git").exists():

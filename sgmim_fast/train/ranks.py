@@ -3,15 +3,18 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import deepspeed
 import torch
 from torch import distributed
 
-from sgmim_fast.errors import LostPeerError
+from sgmim_fast.errors import LostPeerError, UserError
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -29,10 +32,29 @@ def joined_ranks() -> Iterator[torch.device]:
     except RuntimeError as error:
         if is_lost_peer(error):
             reason = str(error).splitlines()[0]
-            raise LostPeerError(f"another rank has ended ({reason}); its message says why, --resume goes on") from error
+            raise LostPeerError(
+                f"another rank has ended ({reason}); its message says why, --resume auto goes on"
+            ) from error
         raise
     finally:
         distributed.destroy_process_group()
+
+
+def on_chief(decide: Callable[[], T]) -> T:
+    """What ``decide`` gives on rank 0, on every rank; a UserError there is raised on every rank.
+
+    Every rank calls it. Reading files once is cheaper than once a rank, and no two ranks can find different things.
+    """
+    answer: list[T | UserError | None] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[0] = error
+    distributed.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return cast(T, answer[0])
 
 
 def is_lost_peer(error: Exception) -> bool:

@@ -1,0 +1,116 @@
+"""Where a run begins: anew, or at a checkpoint that is whole and was written with the same settings."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sgmim_fast.config import PretrainConfig
+from sgmim_fast.data.order import LoaderState
+from sgmim_fast.errors import UserError
+from sgmim_fast.train.run_folder import STATE, checkpoints, damage, list_checkpoints
+
+FREE = frozenset({
+    "output", "resume", "allow_changes", "data.path", "data.workers", "data.loader", "data.decode_on",
+    "data.max_bad_share", "data.shuffle_buffer", "train.seed", "train.batch_size", "train.accumulation_steps",
+    "train.backend", "train.attention", "train.norm", "train.compile", "train.max_steps", "train.log_every",
+    "train.checkpoint_every", "train.keep_last", "train.keep_every",
+})  # fmt: skip
+"""Settings that change no result but by rounding, or that are compared as what they amount to."""
+FIXED = frozenset({"train.zero_stage", "train.precision", "optimizer.implementation"})
+"""Settings that the stored state of model or optimizer has the shape of; so have all of the model."""
+
+
+def starting_point(run: Path, resume: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a run goes on from; None if it begins anew. Reads checkpoints through, on one rank.
+
+    Args:
+        resume: "none", "auto", or a checkpoint's or a run's folder.
+        say: told of what was chosen otherwise than one would think.
+
+    Raises:
+        UserError: if the run's folder holds a run that is not to be continued, or no checkpoint is intact.
+    """
+    there = list_checkpoints(run)
+    if resume == "none":
+        if there:
+            raise UserError(f"{run} already holds a run; continue it with --resume auto, or choose another --output")
+        return None
+    if resume == "auto":
+        if there:
+            return _newest_intact(there, say)
+        say(f"{run} has no checkpoint: the run begins anew")
+        return None
+    path = Path(resume)
+    if (path / STATE).is_file():
+        if reason := damage(path):
+            raise UserError(f"--resume {path} is damaged: {reason}; choose another checkpoint, or --resume auto")
+        return path
+    if not (found := list_checkpoints(path)):
+        raise UserError(f"--resume {path} is neither a checkpoint nor a run that has one; use auto, none or a path")
+    return _newest_intact(found, say)
+
+
+def _newest_intact(folders: list[Path], say: Callable[[str], None]) -> Path:
+    for folder in folders:
+        reason = damage(folder)
+        if not reason:
+            return folder
+        say(f"warning: {folder} is damaged ({reason}); trying the one before it")
+    raise UserError(
+        f"no checkpoint in {checkpoints(folders[0].parents[1])} is intact; restore one, or choose another --output"
+    )
+
+
+def check_same_run(
+    folder: Path,
+    was: Mapping[str, Any],
+    config: PretrainConfig,
+    loaders: tuple[LoaderState, LoaderState],
+) -> None:
+    """Refuse to go on from a checkpoint with settings that change the mathematics, unless they are named.
+
+    Args:
+        was: fields of the configuration that the checkpoint was written with.
+        loaders: the checkpoint's state and this run's.
+
+    Raises:
+        UserError: for the first difference that is not allowed.
+    """
+    for option, (before, now) in loaders[0].differences(loaders[1]).items():
+        raise _other(folder, option, before, now)
+    for name, (before, now) in {
+        "world_size": tuple(state.world_size for state in loaders),
+        "pairs a step": tuple(state.step_size for state in loaders),
+    }.items():
+        if before != now:
+            raise _other(folder, name, before, now)
+    before, now = _flat(was), _flat(json.loads(json.dumps(asdict(config))))  # tuples become lists, as in the file
+    unknown = [name for name in config.allow_changes if name not in now]
+    if unknown:
+        raise UserError(f"--allow-changes {unknown[0]} is no setting; name them as in schedule.epochs optimizer.lr")
+    for name in sorted(now):
+        if name in FREE or name not in before or before[name] == now[name]:
+            continue
+        if name in FIXED or name.startswith("model."):
+            raise _other(folder, name, before[name], now[name])
+        if name not in config.allow_changes:
+            raise _other(folder, name, before[name], now[name], f", or allow it with --allow-changes {name}")
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _other(folder: Path, name: str, was: object, now: object, hint: str = "") -> UserError:
+    return UserError(
+        f"checkpoint {folder} was written with {name} = {was}, this run has {now}; "
+        f"resume with the same settings{hint}, or start anew in another --output"
+    )
