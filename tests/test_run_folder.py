@@ -135,6 +135,15 @@ def test_settings_of_a_resumed_run() -> None:
         resume(replace(CONFIG, train=TrainConfig(zero_stage=2), allow_changes=("train.zero_stage",)))
 
 
+def test_each_optimizer_keeps_its_state_in_its_own_way() -> None:
+    other = replace(CONFIG, optimizer=OptimizerConfig(implementation="deepspeed"))
+    with pytest.raises(UserError, match=r"optimizer.implementation = adamw, this run has deepspeed; resume with the"):
+        resume(other)
+    written_before_the_choice = settings_of(CONFIG)
+    written_before_the_choice["optimizer"] = {"lr": 1e-4}
+    check_same_run(Path("there"), written_before_the_choice, other, (loader(), loader()))
+
+
 def test_every_setting_is_either_compared_or_known_to_be_free() -> None:
     known = {
         f"{group}.{name}" if isinstance(value, dict) else group

@@ -1,7 +1,5 @@
 """Real runs with another attention and with ``--compile``; what is asked for and cannot run stops them first."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -80,18 +78,3 @@ def test_a_missing_compiler_stops_a_run_before_it_starts(
     monkeypatch.setenv("CXX", "no-such-compiler")
     refuse([*arguments(pairs, tmp_path / "run", **SMALL), "--compile"], "--compile cannot run here: no C++ compiler")
     assert not list(tmp_path.iterdir())
-
-
-def test_another_optimizer_cannot_take_up_a_run(one_rank: Path, pairs: Path, tmp_path: Path) -> None:
-    """Each keeps its state in its own way; a run from before the choice had the one of PyTorch."""
-    run = shutil.copytree(one_rank, tmp_path / "run")
-    words = [*arguments(pairs, run, **SMALL | {"train__max_steps": "3"}), "--resume", "auto"]
-    state = run / "checkpoints" / "step_000002" / "state.json"
-    content = json.loads(state.read_text())
-    assert content["optimizer"] == "adamw"
-    state.write_text(json.dumps(content | {"optimizer": "deepspeed"}))
-    refuse(words, "was written with optimizer = deepspeed, this run has adamw")
-    del content["optimizer"]
-    state.write_text(json.dumps(content))
-    succeed(train(1, words))
-    assert [row["step"] for row in rows(run)] == [1, 2, 3]

@@ -159,9 +159,9 @@ class Graph:
             if not self.whole:
                 return self._finish(batch, outputs)
             if self.device_id is None:
-                return [self._empty(len(batch), output[0].shape()[0]).copy_(whole(output)) for output in outputs]
+                return [self._empty(len(batch), output[0].shape()[0]).copy_(batch_tensor(output)) for output in outputs]
             with torch.cuda.stream(torch.cuda.Stream(self.device_id)):
-                tensors = [whole(output).clone() for output in outputs]
+                tensors = [batch_tensor(output).clone() for output in outputs]
                 torch.cuda.current_stream().synchronize()
             return tensors
         finally:
@@ -186,6 +186,6 @@ class Graph:
         return torch.empty(count, channels, *self.size, pin_memory=self.pin_memory)
 
 
-def whole(output: Any) -> torch.Tensor:
+def batch_tensor(output: Any) -> torch.Tensor:
     """A tensor on the memory of an output whose samples are of one shape."""
     return torch.from_dlpack(output.as_tensor())

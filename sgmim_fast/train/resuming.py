@@ -78,23 +78,24 @@ def check_same_run(
     Raises:
         UserError: for the first difference that is not allowed.
     """
-    for option, (before, now) in loaders[0].differences(loaders[1]).items():
-        raise _other(folder, option, before, now)
-    for name, (before, now) in {
-        "world_size": tuple(state.world_size for state in loaders),
-        "pairs a step": tuple(state.step_size for state in loaders),
-    }.items():
-        if before != now:
-            raise _other(folder, name, before, now)
     before, now = _flat(was), _flat(json.loads(json.dumps(asdict(config))))  # tuples become lists, as in the file
-    unknown = [name for name in config.allow_changes if name not in now]
-    if unknown:
-        raise UserError(f"--allow-changes {unknown[0]} is no setting; name them as in schedule.epochs optimizer.lr")
-    for name in sorted(now):
-        if name in FREE or name not in before or before[name] == now[name]:
-            continue
+    for name in config.allow_changes:
+        if name not in now:
+            raise UserError(f"--allow-changes {name} is no setting; name them as in schedule.epochs optimizer.lr")
+    changed = [name for name in sorted(now) if name in before and before[name] != now[name] and name not in FREE]
+    for name in changed:
         if name in FIXED or name.startswith("model."):
             raise _other(folder, name, before[name], now[name])
+    there, here = loaders
+    amounts = {
+        "world_size": (there.world_size, here.world_size),
+        "pairs a step": (there.step_size, here.step_size),
+        **there.differences(here),
+    }
+    for name, (first, second) in amounts.items():
+        if first != second:
+            raise _other(folder, name, first, second)
+    for name in changed:
         if name not in config.allow_changes:
             raise _other(folder, name, before[name], now[name], f", or allow it with --allow-changes {name}")
 
