@@ -10,6 +10,9 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from sgmim_fast.cli import main
+from tests.verify_cases import cut, write_pairs
+
 
 def sgmim(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -71,3 +74,31 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout
+
+
+def test_verify_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def status(*words: str) -> object:
+        with pytest.raises(SystemExit) as caught:
+            main(["verify", *words, "--loader", "torch", "--workers", "1"])
+        return caught.value.code
+
+    write_pairs(tmp_path, 3)
+    assert status(str(tmp_path)) == 0
+    cut(tmp_path / "images/001.jpg")
+    assert status(str(tmp_path)) == 1
+    assert "unreadable" in capsys.readouterr().out
+    assert status(str(tmp_path), "--channels", "3") == 3
+    assert status(str(tmp_path / "absent")) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_shard_then_report_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs(tmp_path / "set", 4)
+    (tmp_path / "set/images/002.jpg").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main(["shard", str(tmp_path / "set"), str(tmp_path / "out"), "--workers", "1"])
+    assert "002.jpg" in capsys.readouterr().err
+    main(["shard", str(tmp_path / "set"), str(tmp_path / "out"), "--workers", "1", "--skip-bad"])
+    out = capsys.readouterr().out
+    assert "3 pairs in 1 shards" in out
+    assert "1 bad pairs were left out" in out

@@ -175,11 +175,11 @@ def _folder_pairs(root: Path, structure: bool, may_lack: Callable[[bytes], bool]
     pending = [""]
     while pending:  # folder by folder, so that only one folder's stems are held
         below = pending.pop()
-        images, folders = _list_folder(root, f"images/{below}", IMAGE_SUFFIXES)
+        images, folders = list_folder(root, f"images/{below}", IMAGE_SUFFIXES)
         pending += (f"{below}{folder}/" for folder in folders)
         maps: dict[str, str] = {}
         if images and maps_folder and (root / maps_folder / below).is_dir():
-            maps, _ = _list_folder(root, f"{maps_folder}/{below}", STRUCTURE_SUFFIXES)
+            maps, _ = list_folder(root, f"{maps_folder}/{below}", STRUCTURE_SUFFIXES)
         entries += (entry_of((image, maps.get(stem))) for stem, image in images.items())
         if maps_folder:
             lacking = (images[stem] for stem in images.keys() - maps.keys())
@@ -202,7 +202,7 @@ def _folder_pairs(root: Path, structure: bool, may_lack: Callable[[bytes], bool]
     return entries
 
 
-def _list_folder(root: Path, folder: str, suffixes: frozenset[str]) -> tuple[dict[str, str], list[str]]:
+def list_folder(root: Path, folder: str, suffixes: frozenset[str]) -> tuple[dict[str, str], list[str]]:
     """A folder's files as stem -> path below the root, and the names of the folders in it.
 
     Args:

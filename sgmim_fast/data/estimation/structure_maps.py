@@ -31,7 +31,7 @@ from sgmim_fast.data.estimation.map_files import (
     write_json,
     write_map,
 )
-from sgmim_fast.data.manifest import IMAGE_SUFFIXES, _list_folder
+from sgmim_fast.data.manifest import IMAGE_SUFFIXES, list_folder
 from sgmim_fast.data.reading import read_image
 from sgmim_fast.errors import UserError, first_line
 
@@ -185,7 +185,7 @@ def _find_images(root: Path) -> list[str]:
     pending = [""]
     while pending:
         below = pending.pop()
-        images, folders = _list_folder(root, below, IMAGE_SUFFIXES)
+        images, folders = list_folder(root, below, IMAGE_SUFFIXES)
         pending += (f"{below}{folder}/" for folder in folders)
         names += images.values()
     if not names:
