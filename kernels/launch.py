@@ -14,9 +14,6 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (8, 0)  # compute capability: the first with bf16 matrix instructions
-TRITON = (int(triton.__version__.split(".")[0]), int(triton.__version__.split(".")[1]))
-# Triton 3.6 fails to compile the backward pass of cosine attention for Blackwell.
-BLACKWELL, TRITON_FOR_BLACKWELL = (10, 0), (3, 8)
 
 
 def objection(x: Tensor) -> str | None:
@@ -27,11 +24,6 @@ def objection(x: Tensor) -> str | None:
         found = torch.cuda.get_device_capability(x.device)
         if found < OLDEST:
             return f"kernels need compute capability {_version(OLDEST)} or newer; this GPU has {_version(found)}"
-        if found >= BLACKWELL and TRITON < TRITON_FOR_BLACKWELL:
-            return (
-                f"compute capability {_version(found)} needs Triton {_version(TRITON_FOR_BLACKWELL)} or newer, and "
-                f'{triton.__version__} is installed; upgrade it, or use backend "torch"'
-            )
     elif x.device.type == "cpu" and not INTERPRETED:
         return "it needs tensors on a GPU, and one is on the CPU (TRITON_INTERPRET=1 runs kernels there, slowly)"
     elif x.device.type not in ("cpu", "meta"):  # meta tensors only ask for shapes

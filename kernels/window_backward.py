@@ -171,7 +171,8 @@ def _backward_queries(
         b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
     b_dq *= scale
     if COSINE:
-        tl.store(p_dscale + tl.program_id(0), tl.sum(tl.sum(b_q.to(ACC) * b_dq, 1), 0) / scale)
+        # In one go: Triton 3.6 cannot add up the rows' sums for compute capability 10.
+        tl.store(p_dscale + tl.program_id(0), tl.sum(tl.reshape(b_q.to(ACC) * b_dq, [BM * BD]), 0) / scale)
         b_dq = unit_rows_gradient(b_q, b_rq, b_dq, ACC)
     if CLASS:
         # The class token asked itself; others asked it. Each row of logit gradients sums to 0, so what the class

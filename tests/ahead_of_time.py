@@ -37,13 +37,12 @@ from machine_code import SHARED_BYTES, MachineCode, read_machine_code  # noqa: E
 import benchmarks  # noqa: E402, F401  (makes sgmim_fast.kernels importable where nothing is installed)
 from sgmim_fast import kernels, ops  # noqa: E402
 from sgmim_fast.config import ModelConfig  # noqa: E402
-from sgmim_fast.kernels.launch import TRITON  # noqa: E402
 from sgmim_fast.masking import masked_cell_count  # noqa: E402
 from sgmim_fast.recipes import MODELS, RECIPES  # noqa: E402
 from sgmim_fast.tasks.pretrain import PretrainTask  # noqa: E402
 
 MOST_PROGRAMS = 2**31 - 1  # along the first dimension of a grid
-SPILLED_BYTES = 0 if TRITON >= (3, 8) else 8
+SPILLED_BYTES = 8 if triton.__version__.startswith("3.6.") else 0
 """What a thread may keep in local memory. Triton 3.6 keeps two registers of windows of 30 there, for sm_80."""
 NARROW: dict[str, str] = {}
 """Kernels whose loads need not be 16 bytes wide, each with the reason."""

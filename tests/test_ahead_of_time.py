@@ -10,12 +10,7 @@ from typing import IO
 import pytest
 from machine_code import SHARED_BYTES, MachineCode, parse_machine_code
 
-from sgmim_fast.kernels import launch
-
 TESTS = Path(__file__).parent
-# What `launch.objection` refuses need not compile.
-OLD_TRITON = launch.TRITON < launch.TRITON_FOR_BLACKWELL
-CAPABILITIES = [capability for capability in SHARED_BYTES if capability < 100 or not OLD_TRITON]
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
 
 LISTING = """
@@ -91,7 +86,7 @@ def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int,
     """One process a capability, side by side."""
     folder = tmp_path_factory.mktemp("compilations")
     started = {}
-    for capability in CAPABILITIES:
+    for capability in SHARED_BYTES:
         log = folder / f"{capability}.log"
         with log.open("w") as output:
             process = start(TESTS / "ahead_of_time.py", "--capability", str(capability), output=output)
@@ -102,7 +97,7 @@ def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int,
         process.wait()
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_kernels_compile_to_good_machine_code(
     compilations: dict[int, tuple[subprocess.Popen[str], Path]], capability: int
 ) -> None:
