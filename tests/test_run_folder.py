@@ -68,10 +68,18 @@ def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
 def test_old_checkpoints_are_removed(tmp_path: Path, last: int, every: int | None, kept: list[int] | None) -> None:
     for step in range(1, 10):
         write_checkpoint(tmp_path, step)
-    checkpoint._forget(tmp_path, last, every)
+    checkpoint._forget(tmp_path, 9, last, every)
     left = [folder.name for folder in list_checkpoints(tmp_path)[::-1]]
     assert left == [f"step_{step:06d}" for step in kept or range(1, 10)]
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_later_damaged_checkpoint_does_not_push_out_the_new_one(tmp_path: Path) -> None:
+    """A run that was resumed at 3, before a damaged 9, has just saved 5."""
+    for step in (2, 3, 5, 9):
+        write_checkpoint(tmp_path, step)
+    checkpoint._forget(tmp_path, 5, 1, None)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_000009", "step_000005"]
 
 
 def test_what_interrupted_saves_left_is_removed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch.utils.checkpoint import checkpoint
 
 from sgmim_fast import ModelConfig, create_model
@@ -119,8 +120,9 @@ def test_autocast(encoder: str) -> None:
         sum(float((run[1][name].double() - gradient).square().sum()) for name, gradient in exact[1].items()) ** 0.5
         for run in (plain, fast)
     ]
-    # Triton's interpreter cuts numbers off to bfloat16 where GPUs round: twice the error of each conversion.
-    assert norms[1] <= (4 if launch.INTERPRETED else 2) * norms[0]
+    # Interpreters cut numbers off to bfloat16 where GPUs round, twice the error of each; with Triton 3.6 it shows here.
+    old = launch.INTERPRETED and triton.__version__.startswith("3.6.")
+    assert norms[1] <= (4 if old else 2) * norms[0]
     assert all(gradient.dtype == torch.float32 for gradient in fast[1].values())
 
 

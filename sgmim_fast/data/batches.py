@@ -1,7 +1,8 @@
 """What every loader hands out, and what is drawn for it."""
 
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 
@@ -16,24 +17,29 @@ Batch = dict[str, torch.Tensor]
 cell indices ascending; int64 ``index`` (B,), positions in the data set."""
 
 
-class Loader(Protocol):
+class Loader(ABC):
     """Endless iterator over one rank's micro-batches; a context manager that ends its threads or processes."""
 
-    order: SampleOrder
-    substitutes: Substitutes
+    def __init__(self, order: SampleOrder, substitutes: Substitutes) -> None:
+        self.order, self.substitutes = order, substitutes
 
-    def __iter__(self) -> Self: ...
-
+    @abstractmethod
     def __next__(self) -> Batch: ...
 
+    @abstractmethod
     def close(self) -> None:
         """End threads or processes and wait for them."""
 
-    def __enter__(self) -> Self: ...
+    def __iter__(self) -> Self:
+        return self
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def draw_mask(config: PretrainConfig, epoch: int, index: int) -> torch.Tensor:

@@ -8,13 +8,11 @@ any step, as with the other loader.
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
 
 import torch
 
 from sgmim_fast.config import PretrainConfig
-from sgmim_fast.data.batches import Batch, draw_mask
+from sgmim_fast.data.batches import Batch, Loader, draw_mask
 from sgmim_fast.data.dali_batch import IN_WORK, Graph, Helpers, Preparation, Ready
 from sgmim_fast.data.dali_decoding import DaliDecoder, import_dali, not_finite
 from sgmim_fast.data.members import Pairs
@@ -27,7 +25,7 @@ FINISHED = 2
 """Batches that wait for the training process."""
 
 
-class DaliLoader:
+class DaliLoader(Loader):
     """Endless iterator over one rank's micro-batches; see ``build_loader``.
 
     One thread of its own keeps the graph fed and takes finished batches out; others read and finish; DALI's decode.
@@ -52,7 +50,7 @@ class DaliLoader:
         pin_memory: bool = False,
     ) -> None:
         import_dali()  # what is wrong is said now, not with the first batch
-        self.order, self.substitutes = order, substitutes
+        super().__init__(order, substitutes)
         self._config, self._device_id = config, device_id
         self._prepare = Preparation(pairs, config)
         self._requests = order.micro_batches(rank, place)
@@ -69,9 +67,6 @@ class DaliLoader:
         self._finished: deque[Future[Batch]] = deque()
         self._worker = ThreadPoolExecutor(1, "sgmim-dali", lambda: torch.set_num_threads(1))
         self._closed = False
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         if self._closed:
@@ -97,14 +92,6 @@ class DaliLoader:
         self._finished.clear()
         self._in_work.clear()
         self._graph = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- on the worker thread
 

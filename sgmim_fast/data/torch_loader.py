@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sgmim_fast.config import PretrainConfig
 from sgmim_fast.data import augment, reading
-from sgmim_fast.data.batches import Batch, draw_mask
+from sgmim_fast.data.batches import Batch, Loader, draw_mask
 from sgmim_fast.data.decoding import check_sizes
 from sgmim_fast.data.members import Member, Pairs
 from sgmim_fast.data.order import BEGIN, Place, SampleOrder
@@ -146,7 +145,7 @@ class _BatchKeys:
         return SampleKey.of(self.pairs, self.config, epoch, index)
 
 
-class TorchLoader:
+class TorchLoader(Loader):
     """Endless iterator over one rank's micro-batches; see ``build_loader``.
 
     Worker processes start with the first batch and end with ``close()``, a ``with`` block, or an error.
@@ -163,7 +162,7 @@ class TorchLoader:
         place: Place = BEGIN,
         pin_memory: bool = False,
     ) -> None:
-        self.order, self.substitutes = order, substitutes
+        super().__init__(order, substitutes)
         self._keys = _BatchKeys(pairs, config, order, rank, place)
         self._samples = PairDataset(config)
         workers = config.data.workers
@@ -180,9 +179,6 @@ class TorchLoader:
         )
         self._batches: Any = None
         self._closed = False
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         if self._closed:
@@ -228,14 +224,6 @@ class TorchLoader:
         if batches is not None and self._loader.num_workers:
             # Dropping the last reference would do the same, but a live traceback may hold another one.
             batches._shutdown_workers()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _worker_context() -> BaseContext:

@@ -22,6 +22,7 @@ class BadSampleLog:
     """Where lines go beside a progress bar; None for the error stream."""
 
     def __call__(self, bad: BadSample) -> None:
+        self.run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come so far
         with (self.run / "bad_samples.jsonl").open("a") as file:
             file.write(json.dumps({"rank": self.rank, **bad._asdict()}) + "\n")
         line = f"warning: {bad.reason}; pair {bad.substitute} stands in for pair {bad.sample}"

@@ -96,7 +96,7 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, model: SGMIM, run: Path, 
             os.replace(pointer, root / LATEST)
             _make_durable(root)
             train = position.config["train"]
-            _forget(run, train["keep_last"], train["keep_every"])
+            _forget(run, position.step, train["keep_last"], train["keep_every"])
         distributed.barrier()
     except (OSError, RuntimeError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -126,8 +126,11 @@ def _check_space(run: Path) -> None:
         raise UserError(f"it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
 
 
-def _forget(run: Path, keep_last: int, keep_every: int | None) -> None:
-    for folder in list_checkpoints(run)[keep_last:]:
+def _forget(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Later checkpoints than ``step`` are of a run that was resumed before them, perhaps because they are damaged: they
+    neither count nor go."""
+    own = [folder for folder in list_checkpoints(run) if step_of(folder) <= step]
+    for folder in own[keep_last:]:
         if keep_every is None or step_of(folder) % keep_every:
             _remove(folder)
 
