@@ -34,6 +34,7 @@ Start it with a launcher, one process a GPU (or, without GPUs, a CPU rank each):
 --data PATH     short for --data.path
 --loader NAME   short for --data.loader
 --compile       short for --train.compile
+--profile STEPS short for --monitor.profile-steps
 """
 
 SHORT = {
@@ -41,6 +42,7 @@ SHORT = {
     "--loader": "--data.loader",
     "--compile": "--train.compile",
     "--no-compile": "--train.no-compile",
+    "--profile": "--monitor.profile-steps",
 }
 
 

@@ -12,13 +12,16 @@ from sgmim_fast.errors import UserError
 from sgmim_fast.train.run_folder import STATE, checkpoints, damage, list_checkpoints
 
 FREE = frozenset({
-    "output", "resume", "allow_changes", "data.path", "data.workers", "data.loader", "data.decode_on",
+    "output", "resume", "allow_changes", "dry_run", "data.path", "data.workers", "data.loader", "data.decode_on",
     "data.max_bad_share", "data.shuffle_buffer", "train.seed", "train.batch_size", "train.accumulation_steps",
     "train.backend", "train.attention", "train.norm", "train.compile", "train.max_steps", "train.log_every",
-    "train.checkpoint_every", "train.keep_last", "train.keep_every",
+    "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.async_checkpoint",
+    "train.activation_checkpointing", "train.overlap_comm", "train.bucket_size", "fault.collective_timeout",
+    "fault.stall_timeout", "fault.max_skipped_steps", "monitor.wandb", "monitor.wandb_project",
+    "monitor.profile_steps", "monitor.peak_tflops",
 })  # fmt: skip
 """Settings that change no result but by rounding, or that are compared as what they amount to."""
-FIXED = frozenset({"train.zero_stage", "train.precision", "optimizer.implementation"})
+FIXED = frozenset({"train.zero_stage", "train.precision", "train.offload_optimizer", "optimizer.implementation"})
 """Settings that the stored state of model or optimizer has the shape of; so have all of the model."""
 
 

@@ -1,0 +1,30 @@
+"""Configuration: keyword-only dataclasses that validate themselves.
+
+Sizes are in pixels, learning rates are per 512 images of total batch, durations in epochs unless a
+name says steps.
+"""
+
+from sgmim_fast.config.data import DataConfig, Loader
+from sgmim_fast.config.model import GUIDANCE_HEADS, Encoder, Guidance, ModelConfig
+from sgmim_fast.config.optimization import OptimizerConfig, OptimizerName, ScheduleConfig
+from sgmim_fast.config.pretrain import PretrainConfig
+from sgmim_fast.config.training import Attention, Backend, FaultConfig, MonitorConfig, Norm, TrainConfig
+
+__all__ = [
+    "GUIDANCE_HEADS",
+    "Attention",
+    "Backend",
+    "DataConfig",
+    "Encoder",
+    "FaultConfig",
+    "Guidance",
+    "Loader",
+    "ModelConfig",
+    "MonitorConfig",
+    "Norm",
+    "OptimizerConfig",
+    "OptimizerName",
+    "PretrainConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+]
