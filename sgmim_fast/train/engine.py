@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
     run = Path(config.output)
     check_choices(config, own_device())
     pairs = open_pairs(config.data.path, structure=config.model.guidance != "none")
-    with joined_ranks() as device:
+    with joined_ranks(config.fault.collective_timeout) as device:
         chief = distributed.get_rank() == 0
         checkpoint = on_chief(lambda: starting_point(run, config.resume, say))
         trainer = _Trainer(config, run, pairs, device)
