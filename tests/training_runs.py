@@ -62,16 +62,16 @@ def run_environment() -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def run(command: list[str], file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    environment = run_environment()
+def run(command: list[str], file_limit: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = run_environment() | variables
     if file_limit is not None:  # every file a process writes ends at this size, as on a full disk
         command = ["bash", "-c", f'ulimit -f {file_limit}; exec "$@"', "bash", *command]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def command(ranks: int, words: list[str]) -> list[str]:
+def command(ranks: int, words: list[str], module: str = "sgmim_fast.pretrain") -> list[str]:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    return [*launcher, "--master_port", str(free_port()), "--module", "sgmim_fast.pretrain", *words]
+    return [*launcher, "--master_port", str(free_port()), "--module", module, *words]
 
 
 def train(ranks: int, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -85,6 +85,47 @@ def succeed(done: subprocess.CompletedProcess[str]) -> str:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_course(folder: Path, other: Path) -> None:
+    """Losses, norms and weights of two runs of as many steps have the same bits."""
+    ours = {row["step"]: row for row in rows(folder)}
+    theirs = rows(other)
+    for row in theirs:
+        for name in ("epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm"):
+            assert ours[row["step"]][name] == row[name], (name, row["step"])
+    last = theirs[-1]["step"]
+    for name, value in weights(other, last).items():
+        assert torch.equal(weights(folder, last)[name], value), name
+
+
+def latest(folder: Path) -> str:
+    return (folder / "checkpoints" / "latest").read_text().strip()
+
+
+def processes_with(word: str) -> list[int]:
+    """Processes whose command line or environment holds ``word``, such as the name of a run's folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) == os.getpid():
+            continue
+        try:
+            text = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if word.encode() in text:
+            found.append(int(process.name))
+    return found
+
+
+def all_gone(word: str, seconds: float = 30) -> bool:
+    """Whether no such process is left, after ``seconds`` at most."""
+    deadline = time.monotonic() + seconds
+    while processes_with(word):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:

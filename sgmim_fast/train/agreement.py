@@ -1,9 +1,12 @@
 """What ranks decide together on the host, without waiting for a device."""
 
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import distributed
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -19,7 +22,9 @@ class Agreement:
         Args:
             timeout_seconds: how long an answer of the other ranks is waited for.
         """
-        self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        assert isinstance(group, distributed.ProcessGroup)  # it holds every rank
+        self._group = group
 
     def any(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is set on any rank; a collective.
@@ -33,3 +38,9 @@ class Agreement:
         said = torch.tensor(flags, dtype=torch.uint8)
         distributed.all_reduce(said, op=distributed.ReduceOp.MAX, group=self._group)
         return [bool(flag) for flag in said.tolist()]
+
+    def gather(self, own: T) -> list[T]:
+        """What every rank gives, in the order of ranks; a collective. Values travel pickled."""
+        found = [own] * distributed.get_world_size()
+        distributed.all_gather_object(found, own, group=self._group)
+        return found
