@@ -53,11 +53,11 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six uninterrupted steps on two ranks, checkpoints at 3 and 6."""
-    from training_runs import arguments, succeed, train
+    """Six uninterrupted steps on two ranks, checkpoints at 3 and 6; started as the `deepspeed` command starts them."""
+    from training_runs import arguments, deepspeed_command, run, succeed
 
     output = tmp_path_factory.mktemp("two_ranks") / "run"
-    succeed(train(2, arguments(pairs, output)))
+    succeed(run(deepspeed_command(2, arguments(pairs, output))))
     return output
 
 

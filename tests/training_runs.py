@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+from sgmim_fast.launching import free_port, launcher_command
 
 TINY = {
     "model.image-size": "64",
@@ -44,12 +45,6 @@ def write_pairs(root: Path) -> Path:
     return root
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def arguments(data: Path, output: Path, **options: Any) -> list[str]:
     chosen = TINY | {key.replace("__", ".").replace("_", "-"): str(value) for key, value in options.items()}
     words = ["--recipe", "demo", "--data", str(data), "--output", str(output)]
@@ -70,8 +65,14 @@ def run(command: list[str], file_limit: int | None = None, **variables: str) -> 
 
 
 def command(ranks: int, words: list[str], module: str = "sgmim_fast.pretrain") -> list[str]:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    return [*launcher, "--master_port", str(free_port()), "--module", module, *words]
+    """DeepSpeed's launcher with so many ranks on this machine."""
+    return launcher_command(module, words, range(ranks), free_port())
+
+
+def deepspeed_command(ranks: int, words: list[str]) -> list[str]:
+    """What the `deepspeed` command runs, which comes to the same launcher in the end."""
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    return [*runner, "--master_port", str(free_port()), "--module", "sgmim_fast.pretrain", *words]
 
 
 def train(ranks: int, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
