@@ -1,9 +1,12 @@
 """What ranks decide together on the host, without waiting for a device."""
 
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -33,3 +36,16 @@ class Agreement:
         said = torch.tensor(flags, dtype=torch.uint8)
         distributed.all_reduce(said, op=distributed.ReduceOp.MAX, group=self._group)
         return [bool(flag) for flag in said.tolist()]
+
+    def gather(self, own: T) -> list[T]:
+        """What every rank has, in the order of ranks, on every rank; a collective.
+
+        Args:
+            own: anything that can be pickled.
+
+        Raises:
+            RuntimeError: as above.
+        """
+        found: list[T | None] = [None] * distributed.get_world_size(self._group)
+        distributed.all_gather_object(found, own, group=self._group)
+        return cast(list[T], found)
