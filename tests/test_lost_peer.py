@@ -42,8 +42,8 @@ OTHERS = [
     ValueError("Timed out waiting"),
     distributed.DistNetworkError("The server socket has failed to listen. code: -98, name: EADDRINUSE"),
     distributed.DistBackendError(
-        "NCCL error in: ProcessGroupNCCL.cpp:3356, invalid usage\nncclInvalidUsage: This usually reflects invalid usage "
-        "of NCCL library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 4000"
+        "NCCL error in: ProcessGroupNCCL.cpp:3356, invalid usage\nncclInvalidUsage: This usually reflects invalid "
+        "usage of NCCL library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 4000"
     ),
     distributed.DistBackendError("NCCL error in: NCCLUtils.hpp:268, unhandled cuda error\nLast error:\nout of memory"),
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from training_runs import arguments, rows
-from two_hosts import Started, TwoHosts, marked_processes, two_hosts
+from two_hosts import Started, TwoHosts, two_hosts
 
 STEPS = 16
 EVERY = 4
@@ -22,17 +22,9 @@ COMPARED = ("step", "epoch", "loss", "image_loss", "structure_loss", "lr", "grad
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
-    before = shared_memory()
     with two_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
         yield hosts
-    names = set(hosts.names)
-    assert not names & set(os.listdir("/run/netns")), "namespaces are left"
-    assert not marked_processes(hosts.marker), "processes are left"
-    assert not hosts.memory & (shared_memory() - before), "shared memory is left"
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    assert not hosts.left()
 
 
 def by_deepspeed(hosts: TwoHosts, words: list[str]) -> list[Started]:
@@ -136,5 +128,21 @@ def test_a_run_that_loses_a_rank_then_the_network_then_a_rank_under_torchrun(
 
 def assert_one_line(started: Started) -> None:
     output = started.output()
-    assert [line for line in output.splitlines() if line.startswith("error:")][0].startswith(LOST), output
+    assert next(line for line in output.splitlines() if line.startswith("error:")).startswith(LOST), output
     assert "Traceback" not in output
+
+
+def test_hosts_go_with_all_they_run_even_if_the_test_fails(tmp_path: Path) -> None:
+    stubborn = ["bash", "-c", "trap '' TERM HUP; setsid sleep 1000 & sleep 1000"]
+
+    def fail() -> None:
+        with two_hosts(tmp_path) as hosts:
+            made.append(hosts)
+            started = [hosts.start(host, stubborn) for host in (0, 1)]
+            when(lambda: sum(word.startswith("process") for word in hosts.left()) >= 6, started)
+            raise ZeroDivisionError
+
+    made: list[TwoHosts] = []
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not made[0].left()

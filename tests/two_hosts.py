@@ -19,7 +19,7 @@ MARKER = "SGMIM_TEST_HOSTS"
 
 
 class TwoHosts:
-    """Hosts 0 and 1; each sees itself, the other, and nothing else."""
+    """Hosts 0 and 1; each sees itself, the other, and nothing else, and has shared memory of its own."""
 
     addresses = ("10.77.0.1", "10.77.0.2")
 
@@ -53,14 +53,35 @@ class TwoHosts:
     def start(self, host: int, command: list[str], **environment: str) -> "Started":
         """Run a command on a host; its output goes to a file of its own."""
         log = self.logs / f"{len(self._started)}-host{host}.log"
-        own = {**run_environment(), MARKER: self.marker, "GLOO_SOCKET_IFNAME": "eth0", **environment}
+        own = run_environment() | {MARKER: self.marker, "GLOO_SOCKET_IFNAME": "eth0"}
+        own["TORCH_EXTENSIONS_DIR"] = str(self._folder("extensions", host))
+        memory = ["bash", "-c", 'mount --bind "$0" /dev/shm && exec "$@"', str(self._folder("memory", host))]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.names[host], *command],
-                env=own, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                ["ip", "netns", "exec", self.names[host], "taskset", "-c", self._cores(host), *memory, *command],
+                env=own | environment, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self._started.append(process)
         return Started(process, log)
+
+    def _cores(self, host: int) -> str:
+        """Half of them each, so that a rank has as many threads as one of two on one machine, and the same bits."""
+        all_cores = sorted(os.sched_getaffinity(0))
+        half = max(1, len(all_cores) // 2)
+        return ",".join(map(str, (all_cores * 2)[host * half :][:half]))
+
+    def _folder(self, kind: str, host: int) -> Path:
+        folder = self.logs / f"{kind}-host{host}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def left(self) -> list[str]:
+        """What should be gone once the hosts are: namespaces, processes, shared memory, lock files."""
+        found = [name for name in self.names if name in _ip("netns", "list").split()]
+        found += [f"process {process}" for process in marked_processes(self.marker)]
+        found += [str(path) for path in self.logs.glob("memory-*/*")]
+        return found + [str(path) for path in self.logs.rglob("*") if path.name == "lock" or path.suffix == ".lock"]
 
     def rank(self, host: int) -> int:
         """Process of the one training rank on a host; launchers are others."""

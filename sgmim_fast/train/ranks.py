@@ -159,7 +159,7 @@ def _is_taken_port(error: Exception) -> bool:
 
 
 def _leave_behind() -> None:
-    """Give up NCCL's communicators: to close them in order would wait for ranks that are lost, or still in the block."""
+    """Give up NCCL's communicators: closing them in order would wait for ranks that are lost or still in the block."""
     if distributed.is_initialized() and distributed.get_backend() == "nccl":
         distributed.distributed_c10d._abort_process_group()
 
@@ -181,7 +181,7 @@ def _join(timeout: timedelta) -> torch.device:
     else:
         backend = "gloo"
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))  # a job may have a part of the cores
     if os.environ["RANK"] != "0":
         _reach_first_rank(timeout.total_seconds())
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
