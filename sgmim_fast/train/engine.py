@@ -26,9 +26,11 @@ from sgmim_fast.train.checkpoint import Position, load_checkpoint, read_position
 from sgmim_fast.train.choices import check_choices
 from sgmim_fast.train.compiling import compile_step
 from sgmim_fast.train.environment import describe_environment
-from sgmim_fast.train.metrics import LossWindow, Reporter, Stopwatch, as_float, peak_memory_bytes
+from sgmim_fast.train.metrics import LossWindow, Stopwatch, as_float, memory
 from sgmim_fast.train.optim import build_optimizer, learning_rate
+from sgmim_fast.train.profiling import StepProfiler
 from sgmim_fast.train.ranks import joined_ranks, on_chief, own_device
+from sgmim_fast.train.reporting import Reporter
 from sgmim_fast.train.resuming import check_same_run, starting_point
 
 
@@ -64,7 +66,7 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
                 if start == 0:
                     _set_aside(run)
                 _describe_run(run, config, recipe, device)
-            with Reporter(run, start, total, chief) as reporter:
+            with Reporter(run, config, start, total, device=device, ranks=trainer.world_size, chief=chief) as reporter:
                 if chief:
                     tell.say = reporter.say
                 trainer.train(loader, reporter, total)
@@ -148,13 +150,17 @@ class _Trainer:
         """Optimizer steps from the position to ``total``, with metric rows and checkpoints on the way."""
         train, start, begin = self.config.train, self.position.step, self.position.loader.place
         batches, losses, watch = iter(loader), LossWindow(self.device), Stopwatch()
-        reporter.say(self.summary(total))
+        reporter.say(f"{self.summary(total)}; {reporter.summary()}")
+        profiler = StepProfiler(self.run, self.config.monitor.profile_steps, self.rank, self.device, reporter.say)
+        if warning := profiler.warning(total):
+            reporter.say(warning)
         logged = start
         for step in range(start, total):
             rate = self._set_rate(step)
             # Drop path draws from a stream of (seed, step, rank), so a resumed run draws the same.
             torch.manual_seed((train.seed * 1_000_003 + step) * self.world_size + self.rank)
-            norm = self._optimizer_step(batches, losses, watch)
+            with profiler.step(step + 1):
+                norm = self._optimizer_step(batches, losses, watch, profiler)
             done = step + 1
             reporter.step(done)
             if done % train.log_every == 0 or done == total:
@@ -170,7 +176,7 @@ class _Trainer:
                         "grad_norm": as_float(norm),
                         **watch.lap((done - logged) * self.order.step_size),
                         "bad_samples": int(bad_samples),
-                        "peak_memory_bytes": peak_memory_bytes(self.device),
+                        **memory(self.device),
                     }
                 )
                 logged = done
@@ -187,20 +193,24 @@ class _Trainer:
         return rate
 
     def _optimizer_step(
-        self, batches: Iterator[Mapping[str, Tensor]], losses: LossWindow, watch: Stopwatch
+        self, batches: Iterator[Mapping[str, Tensor]], losses: LossWindow, watch: Stopwatch, profiler: StepProfiler
     ) -> float | Tensor | None:
         """All micro-steps of one optimizer step; returns the gradient norm before clipping."""
         stage_0 = self.config.train.zero_stage == 0
         norm: float | Tensor | None = None
         for _ in range(self.config.train.accumulation_steps):
             before = time.perf_counter()
-            batch = next(batches)
+            with profiler.span("data"):
+                batch = next(batches)
             watch.waited(time.perf_counter() - before)
-            out = self.engine({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
-            self.engine.backward(out.loss)
+            with profiler.span("forward"):
+                out = self.engine({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
+            with profiler.span("backward"):
+                self.engine.backward(out.loss)
             losses.add(out)
             if stage_0 and self.engine.is_gradient_accumulation_boundary():
                 # Stage 0 clips without telling the norm.
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.task.parameters() if p.grad is not None])
-            self.engine.step()
+            with profiler.span("optimizer"):
+                self.engine.step()
         return norm if stage_0 else self.engine.get_global_grad_norm()
