@@ -15,6 +15,7 @@ LINUX_ON_64_BITS = "sys_platform == 'linux' and (platform_machine == 'x86_64' or
 DALI = ["nvidia-dali-cuda130>=2.4"]
 XFORMERS = ["xformers>=0.0.35"]
 MAPS = ["transformers>=5.0"]
+WANDB = ["wandb>=0.31"]
 
 setup(
     name="sgmim-fast",
@@ -43,10 +44,12 @@ setup(
         "dali": DALI,
         "xformers": XFORMERS,
         "maps": MAPS,
-        "all": [*DALI, *XFORMERS, *MAPS],
+        "wandb": WANDB,
+        "all": [*DALI, *XFORMERS, *MAPS, *WANDB],
         "dev": [
             *DALI,
             *MAPS,
+            *WANDB,
             "build>=1.2",
             "hypothesis>=6.100",
             "mypy>=2.0",

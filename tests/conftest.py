@@ -57,7 +57,10 @@ def two_ranks(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from training_runs import arguments, deepspeed_command, run, succeed
 
     output = tmp_path_factory.mktemp("two_ranks") / "run"
-    succeed(run(deepspeed_command(2, arguments(pairs, output))))
+    watched = {"monitor__wandb": "offline", "monitor__profile_steps": "2 9", "monitor__peak_tflops": 0.5}
+    out = succeed(run(deepspeed_command(2, arguments(pairs, output, **watched))))
+    assert "MFU is of 0.5 TFLOP/s a device" in out
+    assert "warning: --profile 9 leaves no trace: the run ends at 6" in out
     return output
 
 

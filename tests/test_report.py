@@ -266,6 +266,19 @@ def test_metrics_of_a_troubled_run(run: Path) -> None:
     assert read_run(run).notes == ("2 unreadable line(s) of metrics.jsonl are left out: 2, 22.",)
 
 
+def test_utilisation_and_skipped_steps_are_shown_where_they_are_known(run: Path) -> None:
+    page = Page(write_report(run, samples=1))
+    assert "Utilisation" not in page.text
+    assert "Skipped steps" not in page.text
+    rows = [metric_row(step, mfu=0.4 + step / 1000, skipped_steps=step // 20) for step in range(2, 42, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = re.sub(r"\s+", " ", Page(write_report(run, samples=1)).text)
+    assert "Utilisation 42.2 % of the peak FLOP/s, median" in text
+    assert "Skipped steps 2 gradient not finite" in text
+    assert "Utilisation model FLOPs, share of the peak (MFU)" in text
+    assert 'class="line mfu"' in (run / "report.html").read_text()
+
+
 def test_duration_adds_up_over_resumes() -> None:
     rows: list[Row] = [{"time": time} for time in (5.0, 10.0, 4.0, 3600.0)]
     assert format_duration(rows) == "1 h 00 min"

@@ -89,12 +89,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def same_course(folder: Path, other: Path) -> None:
-    """Losses, norms and weights of two runs of as many steps have the same bits."""
-    ours = {row["step"]: row for row in rows(folder)}
+    """Two runs have the same steps, each once; losses, norms and weights have the same bits."""
     theirs = rows(other)
-    for row in theirs:
-        for name in ("epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm"):
-            assert ours[row["step"]][name] == row[name], (name, row["step"])
+    for our, their in zip(rows(folder), theirs, strict=True):
+        for name in ("step", "epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm"):
+            assert our[name] == their[name], (name, their["step"])
     last = theirs[-1]["step"]
     for name, value in weights(other, last).items():
         assert torch.equal(weights(folder, last)[name], value), name

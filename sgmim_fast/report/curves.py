@@ -56,13 +56,15 @@ CHARTS = (
     Chart("Gradient norm", "before clipping", (Series("grad_norm", "norm"),), zero=True, spikes=True),
     Chart("Throughput", "images per second", (Series("images_per_second", "images/s"),), zero=True),
     Chart("Waiting for data", "share of the time", (Series("data_wait", "share"),), zero=True, percent=True),
+    Chart("Utilisation", "model FLOPs, share of the peak (MFU)", (Series("mfu", "MFU"),), zero=True, percent=True),
 )
 
 
 def render_charts(rows: Sequence[Row]) -> str:
     """All charts and the numbers behind them; ``rows`` must not be empty."""
     groups = np.array_split(np.arange(len(rows)), min(len(rows), POINTS))
-    table = {key: _column(rows, key) for key in rows[0]}
+    keys = {"step", "epoch", *(line.key for chart in CHARTS for line in chart.series)}
+    table = {key: _column(rows, key) for key in keys}
     grouped = {key: np.array([_mean(column[group]) for group in groups]) for key, column in table.items()}
     # The last step of a group names it: that is when its mean is known.
     steps = np.array([table["step"][group[-1]] for group in groups])
@@ -132,7 +134,7 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _column(rows: Sequence[Row], key: str) -> NDArray[np.float64]:
-    values = (row[key] for row in rows)
+    values = (row.get(key) for row in rows)
     return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 

@@ -23,7 +23,7 @@ from sgmim_fast.report.gallery import IMAGE_ERROR, STRUCTURE_ERROR, Gallery, Sam
 from sgmim_fast.report.run import Checkpoint, Row, Run
 
 ENCODERS = {"swin": "Swin", "swinv2": "Swin V2", "vit": "ViT"}
-SECTIONS = ("model", "data", "optimizer", "schedule", "train")
+SECTIONS = ("model", "data", "optimizer", "schedule", "train", "fault", "monitor")
 PLACES = ("path", "output", "resume")  # where a run is and how it was started is no part of a recipe
 LAST_ROWS = 5  # the final losses are means over so many logged steps
 
@@ -82,6 +82,10 @@ def _headline(run: Run, parameters: int) -> str:
             tiles.append(("Final map loss", structure, f"{first_structure} at first"))
         tiles.append(("Duration", format_duration(run.rows), "of training"))
         tiles.append(("Throughput", _median(run.rows, "images_per_second"), "images/s, median"))
+        if (share := _median(run.rows, "mfu", percent=True)) != "–":
+            tiles.append(("Utilisation", share, "of the peak FLOP/s, median"))
+        if (skipped := last["skipped_steps"]) is not None:
+            tiles.append(("Skipped steps", f"{skipped:,.0f}", "gradient not finite"))
         memory = max((row["peak_memory_bytes"] or 0) for row in run.rows)
         if memory:
             tiles.append(("Peak memory", _bytes(memory), "a rank"))
@@ -108,9 +112,9 @@ def _final(rows: Sequence[Row], key: str) -> str:
     return format_value(sum(values) / len(values)) if values else "–"
 
 
-def _median(rows: Sequence[Row], key: str) -> str:
+def _median(rows: Sequence[Row], key: str, percent: bool = False) -> str:
     values = sorted(_known(rows, key))
-    return format_value(values[len(values) // 2]) if values else "–"
+    return format_value(values[len(values) // 2], percent) if values else "–"
 
 
 def format_duration(rows: Sequence[Row]) -> str:

@@ -21,9 +21,12 @@ METRICS = (
     "grad_norm",
     "images_per_second",
     "data_wait",
+    "mfu",
+    "skipped_steps",
     "peak_memory_bytes",
     "time",
 )
+"""Columns that the page shows; runs of earlier versions lack some."""
 
 
 @dataclass(frozen=True)

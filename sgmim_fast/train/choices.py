@@ -9,6 +9,7 @@ from sgmim_fast.data.dali_decoding import import_dali
 from sgmim_fast.models.norms import check_norm
 from sgmim_fast.train.compiling import check_compiler
 from sgmim_fast.train.optim import check_optimizer
+from sgmim_fast.train.wandb_sink import check_wandb
 
 
 def check_choices(config: PretrainConfig, device: torch.device) -> None:
@@ -26,3 +27,4 @@ def check_choices(config: PretrainConfig, device: torch.device) -> None:
         import_dali()
     if train.compile:
         check_compiler(device)
+    check_wandb(config.monitor.wandb)

@@ -21,8 +21,8 @@ from sgmim_fast.train.checkpoint import load_checkpoint, read_position
 from sgmim_fast.train.choices import check_choices
 from sgmim_fast.train.environment import describe_environment
 from sgmim_fast.train.loop import Loop
-from sgmim_fast.train.metrics import Reporter
 from sgmim_fast.train.ranks import joined_ranks, on_chief, own_device
+from sgmim_fast.train.reporting import Reporter
 from sgmim_fast.train.resuming import check_same_run, starting_point
 from sgmim_fast.train.stopping import StopRequest
 from sgmim_fast.train.trainer import Trainer
@@ -69,7 +69,7 @@ def pretrain(config: PretrainConfig, recipe: str) -> bool:
                 if start == 0:
                     _set_aside(run)
                 _describe_run(run, config, recipe, device)
-            with Reporter(run, start, total, chief) as reporter:
+            with Reporter(run, config, start, total, device=device, ranks=trainer.world_size, chief=chief) as reporter:
                 if chief:
                     tell.say = reporter.say
                 finished = Loop(trainer, loader, reporter, agreement, stop, watchdog).run(total)

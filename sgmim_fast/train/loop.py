@@ -6,7 +6,9 @@ from sgmim_fast.data.batches import Loader
 from sgmim_fast.train.agreement import Agreement
 from sgmim_fast.train.anomalies import SkippedSteps
 from sgmim_fast.train.checkpoint import Checkpoints
-from sgmim_fast.train.metrics import LossWindow, Reporter, Stopwatch, as_float, peak_memory_bytes
+from sgmim_fast.train.metrics import LossWindow, Stopwatch, as_float, memory
+from sgmim_fast.train.profiling import StepProfiler
+from sgmim_fast.train.reporting import Reporter
 from sgmim_fast.train.stopping import StopRequest
 from sgmim_fast.train.trainer import Step, Trainer
 from sgmim_fast.train.watchdog import Watchdog
@@ -33,6 +35,9 @@ class Loop:
         self._start, self._begin = position.step, position.loader.place
         self._logged = position.step
         self._losses, self._watch = LossWindow(trainer.device), Stopwatch()
+        self._profiler = StepProfiler(
+            trainer.run, config.monitor.profile_steps, trainer.rank, trainer.device, reporter.say
+        )
         self._skipped = SkippedSteps(
             trainer.run, agreement, position.skipped_steps, config.fault.max_skipped_steps, reporter.say
         )
@@ -47,7 +52,9 @@ class Loop:
 
     def run(self, total: int) -> bool:
         """All steps up to ``total``; False if a rank was asked to stop before, once its last step is saved."""
-        self._reporter.say(self._trainer.summary(total))
+        self._reporter.say(f"{self._trainer.summary(total)}; {self._reporter.summary()}")
+        if warning := self._profiler.warning(total):
+            self._reporter.say(warning)
         try:
             return self._steps(total)
         finally:
@@ -56,7 +63,7 @@ class Loop:
     def _steps(self, total: int) -> bool:
         batches, log_every = iter(self._loader), self._trainer.config.train.log_every
         for number in range(self._start, total):
-            step = self._trainer.step(number, batches, self._watchdog.beat)
+            step = self._trainer.step(number, batches, self._profiler, self._watchdog.beat)
             done = number + 1
             self._note(step, done)
             if done % log_every == 0 or done == total:
@@ -89,7 +96,7 @@ class Loop:
                 "grad_norm": as_float(step.norm) if step.taken else None,
                 **self._watch.lap((done - self._logged) * order.step_size),
                 "skipped_steps": self._skipped.count,
-                "peak_memory_bytes": peak_memory_bytes(self._trainer.device),
+                **memory(self._trainer.device),
             }
         )
         self._logged = done

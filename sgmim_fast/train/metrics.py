@@ -1,20 +1,17 @@
-"""What a run reports while it goes: metrics.jsonl, TensorBoard, progress bar or plain lines; rank 0 only."""
+"""What a training step is measured by: losses, throughput, memory; without making any step wait for the host."""
 
-import json
 import resource
 import sys
 import time
-from pathlib import Path
-from types import TracebackType
-from typing import Self
+from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, distributed
-from torch.utils.tensorboard import SummaryWriter
 
+from sgmim_fast.config import PretrainConfig
 from sgmim_fast.models.sgmim import PretrainOutput
+from sgmim_fast.train.flops import training_flops_per_image
+from sgmim_fast.train.peaks import device_peak_tflops
 
 LOSSES = ("loss", "image_loss", "structure_loss")
 
@@ -65,71 +62,48 @@ class Stopwatch:
         return {"images_per_second": images / span, "data_wait": waited / span, "time": now - self.origin}
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: allocated on the GPU, or resident in the process on the CPU."""
+@dataclass(frozen=True)
+class Efficiency:
+    """What of the devices' arithmetic a run makes use of."""
+
+    flops_per_image: int
+    """Model FLOPs of one image's forward and backward pass: what the method asks for, whatever way it is computed."""
+    ranks: int
+    peak_tflops: float | None
+    """Of one device, dense; None if it is not known."""
+
+    @classmethod
+    def of(cls, config: PretrainConfig, device: torch.device, ranks: int) -> "Efficiency":
+        """That of a run; counting the FLOPs takes about a second for a base model."""
+        flops = training_flops_per_image(config.model, mask_ratio=config.data.mask_ratio)
+        peak = device_peak_tflops(device, config.train.precision, config.monitor.peak_tflops)
+        return cls(flops, ranks, peak)
+
+    def at(self, images_per_second: float) -> dict[str, float | None]:
+        """``tflops``, achieved by a device, and ``mfu``, their share of its peak, at a rate of all ranks together."""
+        tflops = self.flops_per_image * images_per_second / self.ranks / 1e12
+        return {"tflops": tflops, "mfu": None if self.peak_tflops is None else tflops / self.peak_tflops}
+
+    def summary(self) -> str:
+        """One line about what utilisation is counted from."""
+        line = f"{self.flops_per_image / 1e9:.3g} GFLOP an image"
+        if self.peak_tflops is None:
+            return f"{line}; no MFU, for the peak of the device is not known: --monitor.peak-tflops sets it"
+        return f"{line}; MFU is of {self.peak_tflops:g} TFLOP/s a device"
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """``peak_memory_bytes``: most memory in use so far, allocated on the GPU or resident in the process on the CPU.
+
+    On a GPU also ``reserved_memory_bytes``: the most that PyTorch's allocator has held, in use or not.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Reporter:
-    """Writes metric rows; a context manager. On ranks other than 0 it does nothing."""
-
-    def __init__(self, run: Path, first_step: int, total_steps: int, chief: bool) -> None:
-        self.run, self.chief = run, chief
-        self._first, self._total = first_step, total_steps
-        self._console = Console()
-
-    def __enter__(self) -> Self:
-        if not self.chief:
-            return self
-        self._rows = (self.run / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self._first or None)
-        self._progress = Progress(
-            TextColumn("[bold]pre-training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._progress.start()
-        self._task = self._progress.add_task("", total=self._total, completed=self._first, note="")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.chief:
-            self._progress.stop()
-            self._board.close()
-            self._rows.close()
-
-    def step(self, step: int) -> None:
-        """``step`` optimizer steps are done."""
-        if self.chief:
-            self._progress.update(self._task, completed=step)
-
-    def row(self, row: dict[str, float | int | None]) -> None:
-        """One row of metrics, at a log step."""
-        if not self.chief:
-            return
-        self._rows.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if value is not None and name not in ("step", "epoch", "time"):
-                self._board.add_scalar(f"pretrain/{name}", value, row["step"], walltime=time.time())
-        losses = (f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in LOSSES if row[name] is not None)
-        note = " ".join((*losses, f"{row['images_per_second']:.1f} img/s"))
-        self._progress.update(self._task, note=note)
-        if not self._console.is_terminal:
-            self.say(f"step {row['step']}/{self._total} {note}")
-
-    def say(self, line: str) -> None:
-        """One line for the reader, above the progress bar."""
-        if self.chief:
-            self._progress.console.print(line, highlight=False, soft_wrap=True)
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "reserved_memory_bytes": torch.cuda.max_memory_reserved(device),
+        }
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def as_float(value: float | Tensor | None) -> float | None:

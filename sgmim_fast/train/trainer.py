@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ from sgmim_fast.train.checkpoint import Position
 from sgmim_fast.train.compiling import compile_step
 from sgmim_fast.train.deepspeed_settings import deepspeed_config
 from sgmim_fast.train.optim import build_optimizer, learning_rate
+from sgmim_fast.train.profiling import StepProfiler
+
+Span = Callable[[str], AbstractContextManager[object]]
+"""Names a part of a step in the profiler's trace."""
 
 
 class MicroStep(NamedTuple):
@@ -89,12 +94,16 @@ class Trainer:
             f"{', compiled' if train.compile else ''}; {total} steps" + (f", from step {start}" if start else "")
         )
 
-    def step(self, number: int, batches: Iterator[Batch], beat: Callable[[str], None]) -> Step:
+    def step(self, number: int, batches: Iterator[Batch], profiler: StepProfiler, beat: Callable[[str], None]) -> Step:
         """Optimizer step ``number`` (from 0): all its micro-steps, then the optimizer's.
 
         Args:
             beat: told what is about to be done.
         """
+        with profiler.step(number + 1):
+            return self._step(number, batches, profiler.span, beat)
+
+    def _step(self, number: int, batches: Iterator[Batch], span: Span, beat: Callable[[str], None]) -> Step:
         rate = self._set_rate(number)
         # Whatever a step draws (drop path) is of (seed, step, rank), so a resumed run draws the same.
         seed_all((self.config.train.seed * 1_000_003 + number) * self.world_size + self.rank)
@@ -104,16 +113,20 @@ class Trainer:
         for _ in range(self.config.train.accumulation_steps):
             beat(f"waiting for a batch of step {number + 1}")
             before = time.perf_counter()
-            batch = next(batches)
+            with span("data"):
+                batch = next(batches)
             waited += time.perf_counter() - before
             beat(f"computing step {number + 1}")
-            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-            out = self.engine(batch)
-            self.engine.backward(_poisoned_unless_finite(out.loss))
+            with span("forward"):
+                batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+                out = self.engine(batch)
+            with span("backward"):
+                self.engine.backward(_poisoned_unless_finite(out.loss))
             micro_steps.append(MicroStep(batch, out))
             if self.config.train.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
                 norm = self._check_at_stage_0()
-            self.engine.step()
+            with span("optimizer"):
+                self.engine.step()
         taken = self.engine.was_step_applied()
         if self.config.train.zero_stage == 0:
             taken = bool(torch.isfinite(torch.as_tensor(norm)))
