@@ -94,6 +94,7 @@ def on_chief(decide: Callable[[], T]) -> T:
             answer[0] = error
     distributed.broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
+        answer[0].told_elsewhere = distributed.get_rank() != 0
         raise answer[0]
     return cast(T, answer[0])
 
