@@ -1,13 +1,14 @@
 """``python -m tests.resume_matrix DATA OUTPUT [OTHER]``: straight and interrupted runs, all ZeRO stages and precisions.
 
 One process a rank for all of them, as starting one takes longer than all its steps; the group of ranks stays. Each
-combination has two runs of four steps in OUTPUT: ``straight``, and ``halves`` that stops after two and is resumed from
-its files by a new engine. With a third argument, the OUTPUT of another number of ranks, those ``halves`` are resumed at
-step two by this number of ranks: ``other``.
+combination has three runs in OUTPUT: ``straight`` of four steps; ``halves`` that stops after two and is resumed from its
+files by a new engine; ``poisoned`` of three steps, one of them with infinity in an image. With a third argument, the
+OUTPUT of another number of ranks, those ``halves`` are resumed at step two by this number of ranks: ``other``.
 """
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import distributed
 
 from sgmim_fast.train.arguments import parse_config
 from sgmim_fast.train.engine import pretrain
+from tests.faulty_pretrain import poison
 from tests.training_runs import arguments
 
 COMBINATIONS = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
@@ -52,6 +54,10 @@ def main() -> None:
         words = configured(data, folder / "halves", stage, precision, ranks)
         run([*words, "--train.max-steps", "2"])
         run([*words, "--train.max-steps", "4", "--resume", "auto"])
+        # The last rank alone meets what is not finite in the second of three steps.
+        words = configured(data, folder / "poisoned", stage, precision, ranks, train__max_steps=3)
+        with poison([2]) if distributed.get_rank() == ranks - 1 else nullcontext():
+            run([*words, "--train.checkpoint-every", "1"])
     destroy()
 
 

@@ -36,6 +36,19 @@ def test_every_stage_and_precision_resumes_to_the_bit(
     assert any(not torch.equal(first[key], last[key]) for key in first), "training changes something"
 
 
+@pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_a_step_that_is_not_finite_changes_nothing(
+    ranks: str, stage: int, precision: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(ranks) / name(stage, precision) / "poisoned"
+    first, skipped, third = (weights(folder, step) for step in (1, 2, 3))
+    assert all(torch.equal(first[key], skipped[key]) for key in first)
+    assert any(not torch.equal(third[key], skipped[key]) for key in first), "the step after it is taken"
+    assert [row["skipped_steps"] for row in rows(folder)] == [0, 1, 1]
+    assert rows(folder)[1]["grad_norm"] is None
+
+
 @pytest.fixture(scope="session")
 def one_after_two(pairs: Path, two: Path) -> Path:
     return matrix(1, pairs, two.with_name("one_after_two"), two)
