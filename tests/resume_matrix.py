@@ -1,9 +1,9 @@
 """``python -m tests.resume_matrix DATA OUTPUT [OTHER]``: straight and interrupted runs, all ZeRO stages and precisions.
 
 One process a rank for all of them, as starting one takes longer than all its steps; the group of ranks stays. Each
-combination has three runs in OUTPUT: ``straight`` of four steps; ``halves`` that stops after two and is resumed from its
-files by a new engine; ``poisoned`` of three steps, one of them with infinity in an image. With a third argument, the
-OUTPUT of another number of ranks, those ``halves`` are resumed at step two by this number of ranks: ``other``.
+combination has three runs in OUTPUT: ``straight`` of four steps; ``halves`` that stops after two and is resumed from
+its files by a new engine; ``poisoned`` of three steps, one of them with infinity in an image. With a third argument,
+the OUTPUT of another number of ranks, those ``halves`` are resumed at step two by this number of ranks: ``other``.
 """
 
 import os

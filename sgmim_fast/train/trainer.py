@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,23 +123,16 @@ class Trainer:
             with span("backward"):
                 self.engine.backward(_poisoned_unless_finite(out.loss))
             micro_steps.append(MicroStep(batch, out))
+            taken = True
             if self.config.train.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
-                norm = self._check_at_stage_0()
-            with span("optimizer"):
+                # Stage 0 clips without telling the norm, and would take the step whatever the norm is.
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.task.parameters() if p.grad is not None])
+                taken = bool(torch.isfinite(norm))
+            with span("optimizer"), nullcontext() if taken else _held(self.engine.optimizer):
                 self.engine.step()
-        taken = self.engine.was_step_applied()
-        if self.config.train.zero_stage == 0:
-            taken = bool(torch.isfinite(torch.as_tensor(norm)))
-        else:
-            norm = self.engine.get_global_grad_norm()
+        if self.config.train.zero_stage > 0:
+            norm, taken = self.engine.get_global_grad_norm(), self.engine.was_step_applied()
         return Step(rate, norm, taken, micro_steps, waited)
-
-    def _check_at_stage_0(self) -> Tensor:
-        """Stage 0 clips without telling the norm, and would take the step whatever the norm is."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.task.parameters() if p.grad is not None])
-        if not bool(torch.isfinite(norm)):
-            self.task.zero_grad(set_to_none=True)
-        return norm
 
     def _set_rate(self, step: int) -> float:
         config = self.config
@@ -147,6 +140,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+
+@contextmanager
+def _held(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Its steps do nothing."""
+    vars(optimizer)["step"] = lambda closure=None: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["step"]
 
 
 def _poisoned_unless_finite(loss: Tensor) -> Tensor:
