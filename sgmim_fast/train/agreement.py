@@ -22,7 +22,8 @@ class Agreement:
         Args:
             timeout_seconds: how long an answer of the other ranks is waited for.
         """
-        self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._group = cast(distributed.ProcessGroup, group)  # every rank is a member
 
     def any(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is set on any rank; a collective.
