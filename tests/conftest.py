@@ -14,7 +14,13 @@ if not torch.cuda.is_available():
 
 
 # Minutes each. What several processes share out (`make test`) must not begin with these last.
-LONG = ("test_triton_golden.py", "test_training.py", "test_ahead_of_time.py", "test_training_options.py")
+LONG = (
+    "test_triton_golden.py",
+    "test_training.py",
+    "test_ahead_of_time.py",
+    "test_training_options.py",
+    "test_two_hosts.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,7 +28,7 @@ esac
 """
 RANK = """
 echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> ranks
-trap 'sleep 0.2; exit 75' TERM
+trap 'kill $!; sleep 0.2; exit 75' TERM
 status=$(cut -d, -f$((RANK + 1)) <<< "$STATUSES")
 [[ $status != wait ]] || { touch waiting-$RANK; sleep 100 & wait; }
 [[ $status != gone ]] || { kill -9 $PPID $$; }
@@ -45,8 +45,13 @@ attempt=$(cat "attempt-$HOST" 2>/dev/null || echo 1)
 echo $((attempt + 1)) > "attempt-$HOST"
 printf '%s\\n' "$FROM_FILE" "$@" > "words-$HOST"
 status=$(cut -d, -f$attempt "statuses-$HOST")
-[[ $status != wait ]] || { bash -c 'bash -c "trap \\"exit 75\\" TERM; touch waiting-$HOST; sleep 100 & wait"; exit $?'; exit; }
+[[ $status != wait ]] || { bash -c '"$WORK/bin/waiting"; exit $?'; exit; }
 exit $status
+"""
+WAITING = """
+trap 'kill $!; exit 75' TERM
+touch waiting-$HOST
+sleep 100 & wait
 """
 
 
@@ -55,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
     """What the scripts call, in the places where they look."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "bin").mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("ssh", SSH)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("ssh", SSH), ("waiting", WAITING)):
         program(tmp_path / "bin" / name, text)
     return tmp_path
 

@@ -146,3 +146,19 @@ def test_hosts_go_with_all_they_run_even_if_the_test_fails(tmp_path: Path) -> No
     with pytest.raises(ZeroDivisionError):
         fail()
     assert not made[0].left()
+
+
+@pytest.mark.parametrize(("ci", "system", "expected"), [
+    ("true", "ID=debian\n", pytest.fail.Exception),
+    ("true", "ID=fedora\n", pytest.skip.Exception),
+    ("", "ID=debian\n", pytest.skip.Exception),
+])  # fmt: skip
+def test_without_ip_they_are_skipped_but_not_in_ci(
+    ci: str, system: str, expected: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("two_hosts._os_release", lambda: system)
+    with pytest.raises(expected, match="install iproute2"), two_hosts(tmp_path):
+        pass

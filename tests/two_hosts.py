@@ -76,6 +76,13 @@ class TwoHosts:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def _processes(self) -> set[int]:
+        found = set(marked_processes(self.marker))
+        for name in self.names:
+            listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)  # perhaps never made
+            found.update(int(word) for word in listed.stdout.split())
+        return found
+
     def left(self) -> list[str]:
         """What should be gone once the hosts are: namespaces, processes, shared memory, lock files."""
         found = [name for name in self.names if name in _ip("netns", "list").split()]
@@ -97,7 +104,7 @@ class TwoHosts:
     def remove(self) -> None:
         """Kill what runs on the hosts, then remove them."""
         deadline = time.monotonic() + 20
-        while (left := marked_processes(self.marker)) and time.monotonic() < deadline:
+        while (left := self._processes()) and time.monotonic() < deadline:
             for process in left:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)

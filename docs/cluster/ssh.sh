@@ -43,6 +43,7 @@ start() { # HOST NUMBER: its launcher, whose status is that of its first rank th
 
 stop() { # the ranks, not the launchers: those would kill them after 30 s, whether the checkpoint is whole or not
     stopped=yes
+    echo "the ranks are told to stop" >&2
     local number
     for number in "${!hosts[@]}"; do
         [[ -s $pids/$number ]] || continue

@@ -23,8 +23,7 @@ class Agreement:
             timeout_seconds: how long an answer of the other ranks is waited for.
         """
         group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        assert isinstance(group, distributed.ProcessGroup)  # every rank is in it
-        self._group = group
+        self._group = cast(distributed.ProcessGroup, group)  # every rank is a member
 
     def any(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is set on any rank; a collective.
