@@ -234,6 +234,7 @@ def _pretrain(argv: Sequence[str]) -> int:
         return subprocess.call([sys.executable, "-m", "sgmim_fast.pretrain", "--help"])
     import torch
 
+    from sgmim_fast.launching import launch
     from sgmim_fast.train.arguments import parse_config
 
     parse_config(rest)  # what is wrong is said here, once, before any rank starts
@@ -243,8 +244,7 @@ def _pretrain(argv: Sequence[str]) -> int:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count), "--log_level", "error"]
-    return subprocess.call([*command, "--module", "sgmim_fast.pretrain", *rest], env=environment)
+    return launch("sgmim_fast.pretrain", rest, ranks=count, environment=environment)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+EXIT_USER = 2
+"""Something that a person must mend; queuing the run again meets it again."""
+EXIT_LOST = os.EX_UNAVAILABLE  # 69
+"""Another rank was lost, or nothing moved within the time allowed: queue again with --resume auto."""
+EXIT_PREEMPTED = os.EX_TEMPFAIL  # 75
+"""Told to stop, and stopped after writing a checkpoint: queue again with --resume auto."""
+
 _UNWRITABLE = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -22,13 +29,17 @@ _UNWRITABLE = (
 class UserError(ValueError):
     """Bad input: one line that names the file, key or option and the remedy.
 
-    Entry points print it as ``error: <message>`` and exit with status 2; a traceback would only
+    Entry points print it as ``error: <message>`` and exit with its status; a traceback would only
     hide the line. Programming mistakes stay ordinary exceptions.
     """
 
+    exit_status = EXIT_USER
+
 
 class LostPeerError(UserError):
-    """Another rank of the run has ended; its own message says why."""
+    """Another rank of the run has ended, where its own message says why, or cannot be reached."""
+
+    exit_status = EXIT_LOST
 
 
 def first_line(error: BaseException) -> str:
@@ -38,22 +49,23 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn bad input, an unwritable place and Ctrl-C into one line and an exit status (2, 130)."""
+    """Turn bad input, an unwritable place and Ctrl-C into one line and an exit status (2, 69, 130)."""
     try:
         yield
     except UserError as error:
-        _stop(str(error), others_tell=isinstance(error, LostPeerError))
+        _stop(str(error), error.exit_status)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        _stop(f"{error.filename or 'a file'} cannot be written: {error.strerror}; free space or choose another folder")
+        where = error.filename or "a file"
+        _stop(f"{where} cannot be written: {error.strerror}; free space or choose another folder", EXIT_USER)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _stop(message: str, others_tell: bool = False) -> None:
-    if others_tell or os.environ.get("LOCAL_RANK", "0") != "0":
+def _stop(message: str, status: int) -> None:
+    if status == EXIT_LOST or os.environ.get("LOCAL_RANK", "0") != "0":
         # The first rank of this machine mostly met the same error; the launcher then ends this one in silence.
         time.sleep(5)
     print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2) from None
+    raise SystemExit(status) from None

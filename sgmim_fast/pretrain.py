@@ -3,7 +3,7 @@
 import os
 import sys
 
-from sgmim_fast.errors import one_line_errors
+from sgmim_fast.errors import EXIT_PREEMPTED, one_line_errors
 
 
 def main() -> None:
@@ -17,7 +17,8 @@ def main() -> None:
     from sgmim_fast.train.engine import pretrain
 
     with one_line_errors():
-        pretrain(*parse_config(sys.argv[1:]))
+        if not pretrain(*parse_config(sys.argv[1:])):
+            raise SystemExit(EXIT_PREEMPTED)
 
 
 if __name__ == "__main__":

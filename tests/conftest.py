@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,25 @@ def chromium() -> str:
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pairs of 80 x 96 pixels."""
+    from training_runs import write_pairs  # what it needs is not there where only kernels are tested
+
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six uninterrupted steps on two ranks, checkpoints at 3 and 6, watched by all there is; it said ``../said``."""
+    from training_runs import arguments, succeed, train
+
+    output = tmp_path_factory.mktemp("two_ranks") / "run"
+    watched = {"monitor__wandb": "offline", "monitor__profile_steps": "2 9", "monitor__peak_tflops": 0.5}
+    (output.parent / "said").write_text(succeed(train(2, arguments(pairs, output, **watched))))
+    return output
 
 
 @pytest.fixture

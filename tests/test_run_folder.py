@@ -9,7 +9,7 @@ import pytest
 from sgmim_fast.config import ModelConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from sgmim_fast.data.order import BEGIN, LoaderState, SampleOrder
 from sgmim_fast.errors import UserError
-from sgmim_fast.train import checkpoint
+from sgmim_fast.train import retention
 from sgmim_fast.train.resuming import FIXED, FREE, check_same_run, starting_point
 from sgmim_fast.train.run_folder import FILES, damage, list_checkpoints, list_files
 
@@ -68,7 +68,7 @@ def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
 def test_old_checkpoints_are_removed(tmp_path: Path, last: int, every: int | None, kept: list[int] | None) -> None:
     for step in range(1, 10):
         write_checkpoint(tmp_path, step)
-    checkpoint._forget(tmp_path, 9, last, every)
+    retention.remove_old(tmp_path, 9, last, every)
     left = [folder.name for folder in list_checkpoints(tmp_path)[::-1]]
     assert left == [f"step_{step:06d}" for step in kept or range(1, 10)]
     assert not list((tmp_path / "checkpoints").glob(".*"))
@@ -78,7 +78,7 @@ def test_a_later_damaged_checkpoint_does_not_push_out_the_new_one(tmp_path: Path
     """A run that was resumed at 3, before a damaged 9, has just saved 5."""
     for step in (2, 3, 5, 9):
         write_checkpoint(tmp_path, step)
-    checkpoint._forget(tmp_path, 5, 1, None)
+    retention.remove_old(tmp_path, 5, 1, None)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_000009", "step_000005"]
 
 
@@ -86,18 +86,18 @@ def test_what_interrupted_saves_left_is_removed(tmp_path: Path) -> None:
     kept = write_checkpoint(tmp_path, 1)
     for name in (".incomplete-step_000002", ".removed-step_000000"):
         (tmp_path / "checkpoints" / name / "shards").mkdir(parents=True)
-    checkpoint._clear(tmp_path / "checkpoints")
+    retention.clear_leftovers(tmp_path / "checkpoints")
     assert list((tmp_path / "checkpoints").iterdir()) == [kept]
 
 
 def test_space_is_looked_at_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint._check_space(tmp_path)
+    retention.check_space(tmp_path)
     write_checkpoint(tmp_path, 4)
-    checkpoint._check_space(tmp_path)
+    retention.check_space(tmp_path)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(retention.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"it needs 0.00 GB and 0.00 GB are free"):
-        checkpoint._check_space(tmp_path)
+        retention.check_space(tmp_path)
 
 
 CONFIG = PretrainConfig()
@@ -121,9 +121,10 @@ def test_settings_of_a_resumed_run() -> None:
     resume(CONFIG)
     resume(replace(CONFIG, output="elsewhere", train=TrainConfig(log_every=7, max_steps=3, backend="reference")))
     resume(CONFIG, batch_size=2, accumulation_steps=2)
+    resume(CONFIG, batch_size=8, world_size=1)
     for changes, message in (
-        ({"batch_size": 8}, "pairs a step = 8, this run has 16"),
-        ({"world_size": 1, "batch_size": 8}, "world_size = 2, this run has 1"),
+        ({"batch_size": 8}, "with 8 pairs a step, this run has 16 .* so that their product stays 8"),
+        ({"world_size": 1}, "with 8 pairs a step, this run has 4 .1 rank.s. x --train.batch-size 4"),
         ({"seed": 1}, "--train.seed = 0, this run has 1"),
     ):
         with pytest.raises(UserError, match=message):

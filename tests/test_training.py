@@ -2,105 +2,25 @@
 
 import gzip
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-
-TINY = {
-    "model.image-size": "64",
-    "model.embed-dim": "16",
-    "model.depths": "1 1 1 1",
-    "model.num-heads": "1 2 2 4",
-    "model.window-size": "4",
-    "data.workers": "0",
-    "train.batch-size": "2",
-    "train.log-every": "1",
-    "train.checkpoint-every": "3",
-    "train.max-steps": "6",
-}
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pairs of 80 x 96 pixels: 16-bit maps, images that have to do with them."""
-    root = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    for name in ("images", "structure"):
-        (root / name).mkdir()
-    row, column = np.mgrid[:80, :96] / 96
-    for number in range(24):
-        phase = rng.random(4) * 6
-        depth = 0.5 + 0.25 * np.sin(5 * column + phase[0]) + 0.25 * np.cos(4 * row + phase[1])
-        image = np.stack((depth, (column + phase[2]) % 1, (row + phase[3]) % 1), -1)
-        Image.fromarray((255 * image).astype(np.uint8)).save(root / "images" / f"{number:02d}.jpg")
-        Image.fromarray((65535 * depth).astype(np.uint16)).save(root / "structure" / f"{number:02d}.png")
-    return root
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def arguments(data: Path, output: Path, **options: Any) -> list[str]:
-    chosen = TINY | {key.replace("__", ".").replace("_", "-"): str(value) for key, value in options.items()}
-    words = ["--recipe", "demo", "--data", str(data), "--output", str(output)]
-    for key, value in chosen.items():
-        words += [f"--{key}", *value.split()]
-    return words
-
-
-def run(command: list[str], file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    if file_limit is not None:  # every file a process writes ends at this size, as on a full disk
-        command = ["bash", "-c", f'ulimit -f {file_limit}; exec "$@"', "bash", *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def command(ranks: int, words: list[str]) -> list[str]:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    return [*launcher, "--master_port", str(free_port()), "--module", "sgmim_fast.pretrain", *words]
-
-
-def train(ranks: int, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return run(command(ranks, words), **options)
-
-
-def succeed(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
-
-
-@pytest.fixture(scope="session")
-def two_ranks(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six uninterrupted steps on two ranks, checkpoints at 3 and 6."""
-    output = tmp_path_factory.mktemp("two_ranks") / "run"
-    watched = {"monitor__wandb": "offline", "monitor__profile_steps": "2 9", "monitor__peak_tflops": 0.5}
-    out = succeed(train(2, arguments(pairs, output, **watched)))
-    assert "MFU is of 0.5 TFLOP/s a device" in out
-    assert "warning: --profile 9 leaves no trace: the run ends at 6" in out
-    return output
+from training_runs import (
+    arguments,
+    command,
+    free_port,
+    kill_after_a_checkpoint,
+    refuse,
+    rows,
+    run,
+    succeed,
+    train,
+    weights,
+)
 
 
 def test_a_run_leaves_what_it_promises(two_ranks: Path) -> None:
@@ -119,6 +39,9 @@ def test_a_run_leaves_what_it_promises(two_ranks: Path) -> None:
         assert row["mfu"] == pytest.approx(row["tflops"] / 0.5)
     assert json.loads((two_ranks / "environment.json").read_text())["world_size"] == 2
     assert list((two_ranks / "tensorboard").iterdir())
+    said = (two_ranks.parent / "said").read_text()
+    assert "MFU is of 0.5 TFLOP/s a device" in said
+    assert "warning: --profile 9 leaves no trace: the run ends at 6" in said
     assert len(list((two_ranks / "wandb").glob("offline-run-*/*.wandb"))) == 1
     assert sorted(path.name for path in (two_ranks / "profile").iterdir()) == [
         f"step_000002_rank{rank}.{kind}" for rank in (0, 1) for kind in ("json.gz", "txt")
@@ -167,18 +90,6 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(two_ranks: Path, pai
             assert resumed[name] == straight[name], (name, resumed["step"])
     for name, value in weights(two_ranks, 6).items():
         assert torch.equal(weights(broken, 6)[name], value), name
-
-
-def kill_after_a_checkpoint(words: list[str], latest: Path) -> None:
-    """Kill a run and its ranks as soon as ``latest`` is there."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(words, env=environment, start_new_session=True, **quiet)
-    deadline = time.monotonic() + 120
-    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
@@ -246,16 +157,6 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(two_ranks: Path, pair
     assert (output / "checkpoints" / "latest").read_text().strip() == "step_000006"
     assert not (output / "checkpoints" / "step_000007").exists()
     assert all(torch.equal(value, before[name]) for name, value in weights(output, 6).items())
-
-
-def refuse(words: list[str], message: str) -> None:
-    """In one process, as each rank would: one line, status 2."""
-    done = run([sys.executable, "-m", "sgmim_fast.pretrain", *words])
-    assert done.returncode == 2, done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, done.stderr
-    assert message in errors[0]
-    assert "Traceback" not in done.stderr
 
 
 def test_a_broken_image_stops_all_ranks_with_its_name(pairs: Path, tmp_path: Path) -> None:

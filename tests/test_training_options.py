@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from test_training import arguments, refuse, rows, succeed, train
 from tiny_run import make_pairs
+from training_runs import arguments, refuse, rows, succeed, train
 
 # Few operations: each of them is a program to build when the step is compiled.
 SMALL = {

@@ -14,16 +14,16 @@ from tests.tiny_run import make_pairs
 # DeepSpeed never partitions small parameters unless told to, and all of a tiny model's are small.
 PARTITION_ALL = """
 from sgmim_fast import pretrain
-from sgmim_fast.train import engine
+from sgmim_fast.train import trainer
 
-usual = engine.deepspeed_config
+usual = trainer.deepspeed_config
 
 def configured(config):
     found = usual(config)
     found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return found
 
-engine.deepspeed_config = configured
+trainer.deepspeed_config = configured
 pretrain.main()
 """
 ENCODERS = {

@@ -30,6 +30,10 @@ class Loader(ABC):
     def close(self) -> None:
         """End threads or processes and wait for them."""
 
+    def processes(self) -> list[int]:
+        """Ids of the processes that make batches; each writes its stacks to the error stream on SIGUSR1."""
+        return []
+
     def __iter__(self) -> Self:
         return self
 

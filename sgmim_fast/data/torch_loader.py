@@ -7,12 +7,15 @@ Shapes: B pairs a micro-batch, S_h x S_w image pixels, C structure channels, Gh 
 K are masked.
 """
 
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -30,6 +33,7 @@ from sgmim_fast.errors import UserError
 from sgmim_fast.masking import STREAM_CROP, mask_indices, sample_rng
 
 Sample = dict[str, Any]
+_SHIELD = "sgmim_fast.data.shielded"  # a name: importing it here would shield this process
 
 
 class SampleKey(NamedTuple):
@@ -172,7 +176,7 @@ class TorchLoader(Loader):
             sampler=self._keys,
             num_workers=workers,
             multiprocessing_context=_worker_context() if workers else None,
-            worker_init_fn=_end_with_parent if workers else None,
+            worker_init_fn=_begin_worker if workers else None,
             pin_memory=pin_memory,
             # Without its own generator DataLoader would draw from, and so shift, the training process's.
             generator=torch.Generator(),
@@ -212,18 +216,28 @@ class TorchLoader(Loader):
             for index, sample in zip(batch.indices, batch.samples, strict=True)
         ])  # fmt: skip
 
+    def processes(self) -> list[int]:
+        return [worker.pid for worker in self._workers() if worker.pid is not None]
+
+    def _workers(self) -> list[BaseProcess]:
+        return list(getattr(self._batches, "_workers", ()))
+
     def _lost_a_worker(self) -> bool:
         # What is raised depends on where in the hand-over the worker died, so the processes are asked instead.
-        sentinels = [worker.sentinel for worker in getattr(self._batches, "_workers", ())]
+        sentinels = [worker.sentinel for worker in self._workers()]
         return bool(multiprocessing.connection.wait(sentinels, timeout=1.0)) if sentinels else False
 
     def close(self) -> None:
         """End the worker processes and wait for them."""
         self._closed = True
+        workers = self._workers()
         batches, self._batches = self._batches, None
         if batches is not None and self._loader.num_workers:
             # Dropping the last reference would do the same, but a live traceback may hold another one.
             batches._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():  # it hangs, and DataLoader's SIGTERM does not end it
+                worker.kill()
 
 
 def _worker_context() -> BaseContext:
@@ -232,12 +246,12 @@ def _worker_context() -> BaseContext:
     Forking the training process itself would copy locks that its communication and device threads hold.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, _SHIELD])
     return context
 
 
-def _end_with_parent(worker: int) -> None:
-    """Leave as soon as the training process is gone, even if it was killed.
+def _begin_worker(worker: int) -> None:
+    """Tell where it is when asked by SIGUSR1, and leave as soon as the training process is gone, even if it was killed.
 
     DataLoader's own check asks whether the worker's parent lives, and that is the fork server, which
     in turn lives as long as any worker.
@@ -249,6 +263,7 @@ def _end_with_parent(worker: int) -> None:
         parent.join()
         os._exit(1)
 
+    faulthandler.register(signal.SIGUSR1)
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
 
 

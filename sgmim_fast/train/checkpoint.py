@@ -1,13 +1,14 @@
 """Checkpoints of a run: ``checkpoints/step_000200/`` with DeepSpeed's shards, the weights and the position.
 
-A checkpoint is written under a temporary name and renamed when every rank has finished and its files are listed with
-their checksums; only then is ``latest`` replaced, and only then are old ones removed. Whatever interrupts a save,
+A checkpoint is written under a temporary name. When every rank's files are on the disk they are listed with their
+checksums, the folder is renamed, and only then does ``latest`` name it and old ones go. Whatever interrupts a save,
 ``latest`` names a complete checkpoint.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,26 @@ from torch import distributed
 
 from sgmim_fast.config import PretrainConfig
 from sgmim_fast.data.order import LoaderState
-from sgmim_fast.errors import UserError
+from sgmim_fast.errors import UserError, first_line
 from sgmim_fast.models.sgmim import SGMIM
+from sgmim_fast.train.agreement import Agreement
 from sgmim_fast.train.environment import versions
-from sgmim_fast.train.ranks import is_lost_peer
+from sgmim_fast.train.ranks import on_chief
+from sgmim_fast.train.retention import check_space, clear_leftovers, make_durable, remove, remove_old
 from sgmim_fast.train.run_folder import (
     FILES,
     LATEST,
     STATE,
     WEIGHTS,
+    FileFact,
     checkpoint_name,
     checkpoints,
+    file_fact,
     latest_checkpoint,
-    list_checkpoints,
-    list_files,
-    step_of,
+    temporary_name,
 )
+from sgmim_fast.train.shard_writer import ShardWriter
 from sgmim_fast.weights import save_weights
-
-_UNFINISHED = ".incomplete-"
-_REMOVED = ".removed-"
-_SPARE = 1.05  # of the newest checkpoint's size must be free
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Position:
     """Fields of ``PretrainConfig``."""
     versions: dict[str, str]
     """Of the packages and the code that wrote it."""
+    skipped_steps: int = 0
+    """Of the steps done, those whose gradient was not finite."""
 
     @classmethod
     def at(cls, step: int, loader: LoaderState, config: PretrainConfig) -> "Position":
@@ -64,89 +66,143 @@ class Position:
         return cls(step, loader, json.loads(json.dumps(asdict(config))), versions())
 
 
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, model: SGMIM, run: Path, position: Position) -> Path:
-    """Write a checkpoint, then remove what need not be kept; every rank calls it. Returns the folder.
+class Checkpoints:
+    """Writes a run's checkpoints; a context manager that ends its thread. Every rank calls every method.
 
-    Raises:
-        UserError: on rank 0, if the disk is full or not writable; earlier checkpoints stay intact.
+    Args:
+        engine: whose state is saved; its checkpoint engine is replaced.
+        beside: write while training goes on; a checkpoint is then complete some steps after it was begun.
+        say: told of every checkpoint that is complete.
     """
-    root = checkpoints(run)
-    name = checkpoint_name(position.step)
-    temporary, final = root / f"{_UNFINISHED}{name}", root / name
-    chief = distributed.get_rank() == 0
-    try:
-        if chief:
-            _clear(root)
-            _check_space(run)
-        distributed.barrier()
-        engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
-        weights = full_weights(model)
-        distributed.barrier()  # all shards are there
-        if chief:
-            _save_full(weights, model, temporary / WEIGHTS)
-            (temporary / STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
-            (temporary / FILES).write_text(json.dumps(list_files(temporary), indent=1) + "\n")
-            _make_durable(*temporary.iterdir(), temporary)
-            if final.exists():  # left by a save that died before `latest` named it
-                _remove(final)
-            os.rename(temporary, final)
-            pointer = root / (LATEST + ".new")
-            pointer.write_text(name + "\n")
-            _make_durable(pointer, root)
-            os.replace(pointer, root / LATEST)
-            _make_durable(root)
-            train = position.config["train"]
-            _forget(run, position.step, train["keep_last"], train["keep_every"])
-        distributed.barrier()
-    except (OSError, RuntimeError, UserError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if is_lost_peer(error) or not _is_write_failure(error):
-            raise
-        kept = latest_checkpoint(run)
-        intact = "no earlier checkpoint exists" if kept is None else f"{kept} is intact; continue with --resume auto"
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write checkpoint {final}: {reason}; free space there. {intact}") from error
-    return final
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        model: SGMIM,
+        run: Path,
+        agreement: Agreement,
+        *,
+        beside: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self._engine, self._model, self._run, self._agreement, self._say = engine, model, run, agreement, say
+        self._writer = ShardWriter(beside)
+        engine.checkpoint_engine = self._writer
+        self._begun: Position | None = None
+        self._chief = distributed.get_rank() == 0
+
+    def close(self) -> None:
+        """End the thread; what it writes is finished, though not made a checkpoint."""
+        self._writer.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes."""
+        return self._writer.busy
+
+    @property
+    def open(self) -> bool:
+        """Whether a checkpoint is begun and not complete."""
+        return self._begun is not None
+
+    def begin(self, position: Position) -> None:
+        """Copy or write the state of now; with ``beside``, ``complete`` must follow when no rank is busy.
+
+        Raises:
+            UserError: on every rank, if the disk is full or not writable; earlier checkpoints stay intact.
+        """
+        if self.open:
+            self.complete()
+        root, temporary = checkpoints(self._run), self._temporary(position)
+        self._begun = position
+        self._on_chief(lambda: self._prepare(temporary))
+        self._writer.begin(temporary)
+        self._engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
+        weights = full_weights(self._model)
+        if self._chief:
+            state = json.dumps(asdict(position), indent=2) + "\n"
+            self._writer.put(temporary / WEIGHTS, lambda path: _save_full(weights, self._model, path))
+            self._writer.put(temporary / STATE, lambda path: path.write_text(state))
+
+    def complete(self) -> Path:
+        """Wait for every rank's files, then make them the run's latest checkpoint. Returns its folder.
+
+        Raises:
+            UserError: on every rank, if a file of any could not be written; earlier checkpoints stay intact.
+        """
+        assert self._begun is not None
+        position = self._begun
+        mine = (self._writer.wait(), None if self._writer.failure is None else _reason(self._writer.failure))
+        every = self._agreement.gather(mine)
+        facts = {name: fact for files, _ in every for name, fact in files.items()}
+        failed = next((reason for _, reason in every if reason is not None), None)
+        final = self._on_chief(lambda: self._publish(position, facts, failed))
+        self._begun = None
+        if self._chief:
+            self._say(f"saved {final}")
+        return final
+
+    def _temporary(self, position: Position) -> Path:
+        return checkpoints(self._run) / temporary_name(position.step)
+
+    def _on_chief(self, work: Callable[[], Any]) -> Any:
+        """Work of rank 0 whose failure to write ends every rank with one line."""
+
+        def attempt() -> Any:
+            try:
+                return work()
+            except (OSError, UserError) as error:
+                assert self._begun is not None
+                shutil.rmtree(self._temporary(self._begun), ignore_errors=True)
+                final = checkpoints(self._run) / checkpoint_name(self._begun.step)
+                kept = latest_checkpoint(self._run)
+                intact = (
+                    "no earlier checkpoint exists" if kept is None else f"{kept} is intact; continue with --resume auto"
+                )
+                raise UserError(
+                    f"cannot write checkpoint {final}: {_reason(error)}; free space there. {intact}"
+                ) from error
+
+        return on_chief(attempt)
+
+    def _prepare(self, temporary: Path) -> None:
+        clear_leftovers(temporary.parent)
+        check_space(self._run)
+        temporary.mkdir(parents=True)
+
+    def _publish(self, position: Position, facts: dict[str, FileFact], failed: str | None) -> Path:
+        if failed is not None:
+            raise UserError(failed)
+        root, temporary = checkpoints(self._run), self._temporary(position)
+        for name in sorted(facts):
+            if not (temporary / name).is_file():
+                raise UserError(
+                    f"{name}, which another rank has written, is not there on rank 0's machine; --output must be on a "
+                    "file system that all machines share"
+                )
+        for path in temporary.iterdir():  # what DeepSpeed adds on its own
+            if path.name not in facts:
+                facts[path.name] = file_fact(path)
+                make_durable(path)
+        listing = temporary / FILES
+        listing.write_text(json.dumps(dict(sorted(facts.items())), indent=1) + "\n")
+        make_durable(listing, temporary)
+        final = root / checkpoint_name(position.step)
+        if final.exists():  # left by a save that died before `latest` named it
+            remove(final)
+        os.rename(temporary, final)
+        pointer = root / (LATEST + ".new")
+        pointer.write_text(final.name + "\n")
+        make_durable(pointer, root)
+        os.replace(pointer, root / LATEST)
+        make_durable(root)
+        train = position.config["train"]
+        remove_old(self._run, position.step, train["keep_last"], train["keep_every"])
+        return final
 
 
-def _is_write_failure(error: Exception) -> bool:
-    """torch.save reports a full disk as a bare RuntimeError of its archive writer; others are programming mistakes."""
-    signs = ("inline_container", "PytorchStreamWriter", "write()")
-    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
-
-
-def _check_space(run: Path) -> None:
-    """The next checkpoint is as large as the newest one; without any, writing tells."""
-    kept = list_checkpoints(run)
-    if not kept:
-        return
-    needed = int(_SPARE * sum(path.stat().st_size for path in kept[0].rglob("*") if path.is_file()))
-    free = shutil.disk_usage(checkpoints(run)).free
-    if free < needed:
-        raise UserError(f"it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
-
-
-def _forget(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
-    """Later checkpoints than ``step`` are of a run that was resumed before them, perhaps because they are damaged: they
-    neither count nor go."""
-    own = [folder for folder in list_checkpoints(run) if step_of(folder) <= step]
-    for folder in own[keep_last:]:
-        if keep_every is None or step_of(folder) % keep_every:
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Renamed first: a removal that is interrupted leaves nothing that looks like a checkpoint."""
-    aside = folder.with_name(f"{_REMOVED}{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _clear(root: Path) -> None:
-    """What interrupted saves and removals have left."""
-    for leftover in (*root.glob(f"{_UNFINISHED}*"), *root.glob(f"{_REMOVED}*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _reason(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
@@ -181,13 +237,3 @@ def _save_full(weights: dict[str, torch.Tensor], model: SGMIM, path: Path) -> No
         twin = SGMIM(model.config)
     twin.load_state_dict(weights, assign=True)
     save_weights(twin, path, layout="simmim" if model.config.guidance == "none" else "sgmim")
-
-
-def _make_durable(*paths: Path) -> None:
-    """Wait until files, and the names in folders, have reached the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

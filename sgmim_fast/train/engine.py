@@ -1,41 +1,40 @@
-"""The training loop, on DeepSpeed whatever the number of ranks."""
+"""A pre-training run from its configuration to its end, on DeepSpeed whatever the number of ranks."""
 
 import itertools
 import json
 import os
-import time
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import deepspeed
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from sgmim_fast.config import PretrainConfig
-from sgmim_fast.data.batches import Loader
-from sgmim_fast.data.loading import build_loader, choose_loader, sample_order
+from sgmim_fast.data.loading import build_loader, sample_order
 from sgmim_fast.data.members import Pairs
 from sgmim_fast.data.order import BEGIN
 from sgmim_fast.data.sources import open_pairs
-from sgmim_fast.tasks.pretrain import PretrainTask
+from sgmim_fast.train.agreement import Agreement
 from sgmim_fast.train.arguments import config_to_json
 from sgmim_fast.train.bad_samples import BadSampleLog
-from sgmim_fast.train.checkpoint import Position, load_checkpoint, read_position, save_checkpoint
+from sgmim_fast.train.checkpoint import load_checkpoint, read_position
 from sgmim_fast.train.choices import check_choices
-from sgmim_fast.train.compiling import compile_step
 from sgmim_fast.train.environment import describe_environment
-from sgmim_fast.train.metrics import LossWindow, Stopwatch, as_float, memory
-from sgmim_fast.train.optim import build_optimizer, learning_rate
-from sgmim_fast.train.profiling import StepProfiler
+from sgmim_fast.train.loop import Loop
 from sgmim_fast.train.ranks import joined_ranks, on_chief, own_device
 from sgmim_fast.train.reporting import Reporter
 from sgmim_fast.train.resuming import check_same_run, starting_point
+from sgmim_fast.train.stopping import StopRequest
+from sgmim_fast.train.trainer import Trainer
+from sgmim_fast.train.universal import make_universal, remove_universal
+from sgmim_fast.train.watchdog import Watchdog
 
 
-def pretrain(config: PretrainConfig, recipe: str) -> Path:
-    """Pre-train as ``config`` says; every rank calls it. Returns the run's folder.
+def pretrain(config: PretrainConfig, recipe: str) -> bool:
+    """Pre-train as ``config`` says; every rank calls it.
+
+    Returns False if the run was asked to stop by SIGTERM, or lost its launcher, and has saved its last step; True if it
+    has come to its end.
 
     Raises:
         UserError: for bad input; what the output folder holds already is left as it is.
@@ -43,25 +42,29 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
     run = Path(config.output)
     check_choices(config, own_device())
     pairs = open_pairs(config.data.path, structure=config.model.guidance != "none")
-    with joined_ranks() as device:
+    with (
+        StopRequest() as stop,
+        joined_ranks(config.fault.collective_timeout) as device,
+        Watchdog(run, distributed.get_rank(), config.fault.stall_timeout) as watchdog,
+    ):
+        agreement = Agreement(config.fault.collective_timeout)
         chief = distributed.get_rank() == 0
         checkpoint = on_chief(lambda: starting_point(run, config.resume, say))
-        trainer = _Trainer(config, run, pairs, device)
-        if checkpoint is not None:
-            found = read_position(checkpoint)
-            check_same_run(checkpoint, found.config, config, (found.loader, trainer.position.loader))
-            load_checkpoint(trainer.engine, checkpoint)
-            trainer.position = replace(trainer.position, step=found.step, loader=found.loader)
+        if checkpoint is None:
+            trainer = Trainer(config, run, pairs, device)
+        else:
+            trainer = _go_on(config, run, pairs, device, checkpoint)
         start, total = trainer.position.step, trainer.last_step()
         if start >= total:  # no error: a job that is queued again after its last step has nothing left to do
             if chief:
                 say(f"{checkpoint} has done all {total} steps; --schedule.epochs or --train.max-steps ends it later")
-            return run
+            return True
         tell = BadSampleLog(run, trainer.rank)
         place = trainer.position.loader.place
         with build_loader(
             pairs, config, rank=trainer.rank, world_size=trainer.world_size, place=place, device=device, tell=tell
         ) as loader:
+            watchdog.loader_processes = loader.processes
             if chief:
                 if start == 0:
                     _set_aside(run)
@@ -69,8 +72,10 @@ def pretrain(config: PretrainConfig, recipe: str) -> Path:
             with Reporter(run, config, start, total, device=device, ranks=trainer.world_size, chief=chief) as reporter:
                 if chief:
                     tell.say = reporter.say
-                trainer.train(loader, reporter, total)
-    return run
+                finished = Loop(trainer, loader, reporter, agreement, stop, watchdog).run(total)
+                if not finished:
+                    reporter.say("stopped as asked; --resume auto goes on")
+                return finished
 
 
 def say(line: str) -> None:
@@ -78,17 +83,24 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a run."""
-    return {
-        "train_micro_batch_size_per_gpu": config.train.batch_size,
-        "gradient_accumulation_steps": config.train.accumulation_steps,
-        "gradient_clipping": config.optimizer.clip_grad_norm,
-        "bf16": {"enabled": config.train.precision == "bf16"},
-        "zero_optimization": {"stage": config.train.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 60,
-    }
+def _go_on(config: PretrainConfig, run: Path, pairs: Pairs, device: torch.device, checkpoint: Path) -> Trainer:
+    """A trainer with the state of ``checkpoint``, which any number of ranks may have written."""
+    found = read_position(checkpoint)
+    here = sample_order(pairs, config, distributed.get_world_size()).state(BEGIN, pairs.sha256)
+    check_same_run(checkpoint, found.config, config, (found.loader, here))
+    # Stage 0 keeps all of the state on every rank.
+    reshape = config.train.zero_stage > 0 and found.loader.world_size != here.world_size
+    source = on_chief(lambda: make_universal(checkpoint)) if reshape else checkpoint
+    trainer = Trainer(config, run, pairs, device, universal=reshape)
+    load_checkpoint(trainer.engine, source)
+    if reshape:
+        on_chief(lambda: remove_universal(source))
+        if trainer.rank == 0:
+            say(f"{checkpoint} was written by {found.loader.world_size} rank(s) and goes on with {trainer.world_size}")
+    trainer.position = replace(
+        trainer.position, step=found.step, loader=found.loader, skipped_steps=found.skipped_steps
+    )
+    return trainer
 
 
 def _set_aside(run: Path) -> None:
@@ -109,108 +121,3 @@ def _describe_run(run: Path, config: PretrainConfig, recipe: str, device: torch.
         temporary = run / (name + ".new")
         temporary.write_text(text)
         os.replace(temporary, run / name)
-
-
-class _Trainer:
-    """One rank's model and optimizer inside DeepSpeed's engine, and the loop over its batches."""
-
-    def __init__(self, config: PretrainConfig, run: Path, pairs: Pairs, device: torch.device) -> None:
-        self.config, self.run, self.pairs, self.device = config, run, pairs, device
-        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
-        self.order = sample_order(pairs, config, self.world_size)
-        torch.manual_seed(config.train.seed)
-        train = config.train
-        self.task = PretrainTask(config.model, train.backend, train.attention, train.norm, device)
-        optimizer = build_optimizer(self.task, config.optimizer, device)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.task, optimizer=optimizer, config=deepspeed_config(config)
-        )
-        if train.compile:
-            compile_step(self.task)
-        self.position = Position.at(0, self.order.state(BEGIN, pairs.sha256), config)
-
-    def last_step(self) -> int:
-        """Optimizer steps of the whole run."""
-        total = self.config.schedule.epochs * self.order.steps_per_epoch
-        return total if self.config.train.max_steps is None else min(total, self.config.train.max_steps)
-
-    def summary(self, total: int) -> str:
-        """One line that says what is about to happen."""
-        model, train, start = self.config.model, self.config.train, self.position.step
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.parameters())
-        loader, why = choose_loader(self.pairs, self.config)
-        return (
-            f"{model.encoder} encoder, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters; "
-            f"{len(self.pairs)} pairs through {loader} ({why}), {self.order.step_size} a step on {self.world_size} "
-            f"{self.device.type} rank(s), {train.precision}, ZeRO {train.zero_stage}"
-            f"{', compiled' if train.compile else ''}; {total} steps" + (f", from step {start}" if start else "")
-        )
-
-    def train(self, loader: Loader, reporter: Reporter, total: int) -> None:
-        """Optimizer steps from the position to ``total``, with metric rows and checkpoints on the way."""
-        train, start, begin = self.config.train, self.position.step, self.position.loader.place
-        batches, losses, watch = iter(loader), LossWindow(self.device), Stopwatch()
-        reporter.say(f"{self.summary(total)}; {reporter.summary()}")
-        profiler = StepProfiler(self.run, self.config.monitor.profile_steps, self.rank, self.device, reporter.say)
-        if warning := profiler.warning(total):
-            reporter.say(warning)
-        logged = start
-        for step in range(start, total):
-            rate = self._set_rate(step)
-            # Drop path draws from a stream of (seed, step, rank), so a resumed run draws the same.
-            torch.manual_seed((train.seed * 1_000_003 + step) * self.world_size + self.rank)
-            with profiler.step(step + 1):
-                norm = self._optimizer_step(batches, losses, watch, profiler)
-            done = step + 1
-            reporter.step(done)
-            if done % train.log_every == 0 or done == total:
-                loss, image_loss, structure_loss, bad_samples = losses.over_ranks(loader.substitutes.count)
-                reporter.row(
-                    {
-                        "step": done,
-                        "epoch": done / self.order.steps_per_epoch,
-                        "loss": loss,
-                        "image_loss": image_loss,
-                        "structure_loss": None if self.config.model.guidance == "none" else structure_loss,
-                        "lr": rate,
-                        "grad_norm": as_float(norm),
-                        **watch.lap((done - logged) * self.order.step_size),
-                        "bad_samples": int(bad_samples),
-                        **memory(self.device),
-                    }
-                )
-                logged = done
-            if done % train.checkpoint_every == 0 or done == total:
-                place = self.order.advance(begin, done - start)
-                position = replace(self.position, step=done, loader=self.order.state(place, self.pairs.sha256))
-                reporter.say(f"saved {save_checkpoint(self.engine, self.task.model, self.run, position)}")
-
-    def _set_rate(self, step: int) -> float:
-        config = self.config
-        rate = learning_rate(step, self.order.steps_per_epoch, self.order.step_size, config.optimizer, config.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
-
-    def _optimizer_step(
-        self, batches: Iterator[Mapping[str, Tensor]], losses: LossWindow, watch: Stopwatch, profiler: StepProfiler
-    ) -> float | Tensor | None:
-        """All micro-steps of one optimizer step; returns the gradient norm before clipping."""
-        stage_0 = self.config.train.zero_stage == 0
-        norm: float | Tensor | None = None
-        for _ in range(self.config.train.accumulation_steps):
-            before = time.perf_counter()
-            with profiler.span("data"):
-                batch = next(batches)
-            watch.waited(time.perf_counter() - before)
-            with profiler.span("forward"):
-                out = self.engine({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
-            with profiler.span("backward"):
-                self.engine.backward(out.loss)
-            losses.add(out)
-            if stage_0 and self.engine.is_gradient_accumulation_boundary():
-                # Stage 0 clips without telling the norm.
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.task.parameters() if p.grad is not None])
-            with profiler.span("optimizer"):
-                self.engine.step()
-        return norm if stage_0 else self.engine.get_global_grad_norm()

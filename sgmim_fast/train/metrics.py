@@ -13,31 +13,35 @@ from sgmim_fast.models.sgmim import PretrainOutput
 from sgmim_fast.train.flops import training_flops_per_image
 from sgmim_fast.train.peaks import device_peak_tflops
 
+LOSSES = ("loss", "image_loss", "structure_loss")
+
 
 class LossWindow:
-    """Losses summed on the device since the last log step, so that no step waits for the host."""
+    """Losses summed on the device since the last log step, so that no step waits for the host.
+
+    Losses that are not finite are left out: their steps are not taken either.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros(3, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-        self._count = 0
+        self._sum = torch.zeros(4, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
 
     @torch.no_grad()
     def add(self, out: PretrainOutput) -> None:
         structure = out.loss.new_zeros(()) if out.structure_loss is None else out.structure_loss
-        self._sum += torch.stack((out.loss, out.image_loss, structure)).to(self._sum.dtype)
-        self._count += 1
+        one = torch.stack((out.loss, out.image_loss, structure, torch.ones_like(out.loss))).to(self._sum.dtype)
+        self._sum += torch.where(torch.isfinite(one.sum()), one, 0.0)
 
-    def over_ranks(self, bad_samples: int) -> list[float]:
-        """Mean (loss, image_loss, structure_loss) of all ranks' micro-steps, and all ranks' bad samples.
+    def over_ranks(self, bad_samples: int) -> dict[str, float | int | None]:
+        """Means of all ranks' micro-steps, None if no loss was finite, and all ranks' ``bad_samples``.
 
         Waits for the device, and begins a new window.
         """
-        mean = self._sum / (self._count * distributed.get_world_size())
-        together = torch.cat((mean, mean.new_tensor([bad_samples])))
+        together = torch.cat((self._sum, self._sum.new_tensor([bad_samples])))
         distributed.all_reduce(together)
         self._sum.zero_()
-        self._count = 0
-        return together.tolist()
+        *sums, count, bad = together.tolist()
+        means = dict.fromkeys(LOSSES) if count == 0 else {n: s / count for n, s in zip(LOSSES, sums, strict=True)}
+        return {**means, "bad_samples": int(bad)}
 
 
 class Stopwatch:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar, cast
 
 import deepspeed
@@ -16,17 +17,19 @@ from sgmim_fast.errors import LostPeerError, UserError
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
 
 @contextmanager
-def joined_ranks() -> Iterator[torch.device]:
+def joined_ranks(timeout_seconds: float) -> Iterator[torch.device]:
     """The process group for the length of a block; gives this rank's device.
+
+    Args:
+        timeout_seconds: how long ranks wait for each other, at the start and in every collective of every group that
+            torch or DeepSpeed makes in the block.
 
     Raises:
         LostPeerError: if a collective of the block fails because another rank has ended.
     """
-    device = _join()
+    device = _join(timedelta(seconds=timeout_seconds))
     try:
         yield device
     except RuntimeError as error:
@@ -69,7 +72,7 @@ def own_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _join() -> torch.device:
+def _join(timeout: timedelta) -> torch.device:
     """NCCL on GPUs, gloo on CPUs."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls torch's collectives by names that torch has begun to rename.
@@ -87,5 +90,7 @@ def _join() -> torch.device:
         backend = "gloo"
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
-    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    # The groups that ZeRO makes would wait as long as torch does unless told otherwise: 30 minutes.
+    deepspeed.comm.comm.cdb.new_group = partial(distributed.new_group, timeout=timeout)
     return device

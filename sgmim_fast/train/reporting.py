@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sgmim_fast.config import PretrainConfig
-from sgmim_fast.train.metrics import Efficiency
+from sgmim_fast.train.metrics import LOSSES, Efficiency
 from sgmim_fast.train.sinks import JsonLines, MetricRow, Sink, TensorBoard
 from sgmim_fast.train.wandb_sink import WandbSink
 
@@ -96,9 +96,9 @@ class Reporter:
         row = {**row, **self._efficiency.at(rate)}
         for sink in self._sinks:
             sink.row(row)
-        structure = "" if row["structure_loss"] is None else f" structure {row['structure_loss']:.4f}"
-        mfu = "" if row["mfu"] is None else f" MFU {100 * row['mfu']:.1f} %"
-        note = f"loss {row['loss']:.4f} image {row['image_loss']:.4f}{structure} {rate:.1f} img/s{mfu}"
+        losses = (f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in LOSSES if row[name] is not None)
+        mfu = () if row["mfu"] is None else (f"MFU {100 * row['mfu']:.1f} %",)
+        note = " ".join((*losses, f"{rate:.1f} img/s", *mfu))
         self._progress.update(self._task, note=note)
         if not self._console.is_terminal:
             self.say(f"step {row['step']}/{self._total} {note}")

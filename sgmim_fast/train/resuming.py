@@ -90,14 +90,14 @@ def check_same_run(
         if name in FIXED or name.startswith("model."):
             raise _other(folder, name, before[name], now[name])
     there, here = loaders
-    amounts = {
-        "world_size": (there.world_size, here.world_size),
-        "pairs a step": (there.step_size, here.step_size),
-        **there.differences(here),
-    }
-    for name, (first, second) in amounts.items():
-        if first != second:
-            raise _other(folder, name, first, second)
+    if there.step_size != here.step_size:
+        raise UserError(
+            f"checkpoint {folder} was written with {there.step_size} pairs a step, this run has {here.step_size} "
+            f"({here.world_size} rank(s) x --train.batch-size {here.batch_size} x --train.accumulation-steps "
+            f"{here.accumulation_steps}); choose these so that their product stays {there.step_size}"
+        )
+    for name, (first, second) in there.differences(here).items():
+        raise _other(folder, name, first, second)
     for name in changed:
         if name not in config.allow_changes:
             raise _other(folder, name, before[name], now[name], f", or allow it with --allow-changes {name}")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypedDict
 
 from sgmim_fast.errors import UserError
 
@@ -15,8 +16,19 @@ STATE = "state.json"
 WEIGHTS = "model.safetensors"
 FILES = "files.json"
 """Size and sha256 of every other file of a checkpoint; written last."""
+UNFINISHED = ".incomplete-"
+"""Begins the name of a checkpoint's folder until all of it is written."""
+UNIVERSAL = ".universal"
+"""Holds a copy of a checkpoint for as long as it is loaded on another number of ranks."""
 _NAME = re.compile(r"step_([0-9]{6,})")
 _BLOCK = 1 << 22
+
+
+class FileFact(TypedDict):
+    """What a checkpoint's list of files says of each."""
+
+    bytes: int
+    sha256: str
 
 
 def checkpoints(run: Path) -> Path:
@@ -27,6 +39,11 @@ def checkpoints(run: Path) -> Path:
 def checkpoint_name(step: int) -> str:
     """Of the checkpoint after so many optimizer steps."""
     return f"step_{step:06d}"
+
+
+def temporary_name(step: int) -> str:
+    """Of the same checkpoint while it is written."""
+    return UNFINISHED + checkpoint_name(step)
 
 
 def step_of(folder: Path) -> int:
@@ -64,15 +81,17 @@ def latest_checkpoint(run: Path) -> Path | None:
     return folder
 
 
-def list_files(folder: Path) -> dict[str, dict[str, int | str]]:
-    """What FILES holds of a checkpoint: name below the folder -> ``bytes`` and ``sha256``."""
+def list_files(folder: Path) -> dict[str, FileFact]:
+    """What FILES holds of a checkpoint, by reading it: name below the folder -> facts."""
     paths = [path for path in _files(folder) if path.name != FILES]
     with ThreadPoolExecutor(4) as pool:
-        digests = pool.map(_sha256, paths)
-        return {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, digests, strict=True)
-        }
+        facts = pool.map(file_fact, paths)
+        return {path.relative_to(folder).as_posix(): fact for path, fact in zip(paths, facts, strict=True)}
+
+
+def file_fact(path: Path) -> FileFact:
+    """Of one file, by reading it."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def damage(folder: Path) -> str:

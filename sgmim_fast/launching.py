@@ -1,0 +1,71 @@
+"""Starts a run's ranks on this machine under DeepSpeed's launcher, and passes signals on to them.
+
+DeepSpeed's launcher would end the ranks one after the other, give each 30 seconds, and report status 1 whatever they
+did. Here the ranks themselves hear of a signal, all at once: SIGTERM lets them write a checkpoint first, and their
+status is the command's.
+"""
+
+import base64
+import ctypes
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+
+_LIBC = ctypes.CDLL(None)
+_SET_SIGNAL_OF_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: dict[str, str]) -> int:
+    """Run ``python -m module arguments`` as ``ranks`` ranks. Returns the status of the first one to fail, or 0.
+
+    Of the GPUs that CUDA_VISIBLE_DEVICES names, the first ``ranks`` are used; MASTER_PORT is taken if set.
+    """
+    named = [word for word in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
+    devices = named[:ranks] if len(named) >= ranks else list(range(ranks))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    port = environment.get("MASTER_PORT") or str(_free_port())
+    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--log_level=critical", "--module", module]
+    # In a session of its own the launcher does not hear the terminal's Ctrl-C, which would end the ranks in its way.
+    launcher = subprocess.Popen(
+        [*command, *arguments], env=environment, start_new_session=True, preexec_fn=_end_with_parent
+    )
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in _ranks(launcher.pid) or [psutil.Process(launcher.pid)]:
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def _ranks(launcher: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(launcher).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end_with_parent() -> None:
+    """Between fork and exec: SIGTERM for the launcher if this command is killed, so that no rank is left behind."""
+    _LIBC.prctl(_SET_SIGNAL_OF_PARENTS_DEATH, int(signal.SIGTERM), 0, 0, 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,160 @@
+"""One rank's model and optimizer inside DeepSpeed's engine, and one step of them."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import deepspeed
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from sgmim_fast.config import PretrainConfig
+from sgmim_fast.data.batches import Batch
+from sgmim_fast.data.loading import choose_loader, sample_order
+from sgmim_fast.data.members import Pairs
+from sgmim_fast.data.order import BEGIN
+from sgmim_fast.models.sgmim import PretrainOutput
+from sgmim_fast.tasks.pretrain import PretrainTask
+from sgmim_fast.train.checkpoint import Position
+from sgmim_fast.train.compiling import compile_step
+from sgmim_fast.train.deepspeed_settings import deepspeed_config
+from sgmim_fast.train.optim import build_optimizer, learning_rate
+
+
+class MicroStep(NamedTuple):
+    """What a forward and backward pass saw and gave."""
+
+    batch: Batch
+    """On the training's device."""
+    out: PretrainOutput
+    """Of the same tensors as in training: without a graph after the backward pass."""
+
+
+class Step(NamedTuple):
+    """One optimizer step."""
+
+    rate: float
+    """Learning rate."""
+    norm: float | Tensor | None
+    """Of all ranks' gradient before clipping."""
+    taken: bool
+    """False if the gradient was not finite; the weights then stayed as they were. The same on every rank."""
+    micro_steps: list[MicroStep]
+    waited: float
+    """Seconds for batches."""
+
+
+class Trainer:
+    """Makes the model from its seed, and steps it.
+
+    Args:
+        universal: the checkpoint to go on from is in DeepSpeed's universal format.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, run: Path, pairs: Pairs, device: torch.device, *, universal: bool = False
+    ) -> None:
+        self.config, self.run, self.pairs, self.device = config, run, pairs, device
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self.order = sample_order(pairs, config, self.world_size)
+        train = config.train
+        seed_all(train.seed)
+        self.task = PretrainTask(config.model, train.backend, train.attention, train.norm, device)
+        optimizer = build_optimizer(self.task, config.optimizer, device)
+        settings = deepspeed_config(config)
+        if universal:
+            settings["checkpoint"] = {"load_universal": True}
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.task, optimizer=optimizer, config=settings)
+        if train.compile:
+            compile_step(self.task)
+        self.position = Position.at(0, self.order.state(BEGIN, pairs.sha256), config)
+
+    def last_step(self) -> int:
+        """Optimizer steps of the whole run."""
+        total = self.config.schedule.epochs * self.order.steps_per_epoch
+        return total if self.config.train.max_steps is None else min(total, self.config.train.max_steps)
+
+    def summary(self, total: int) -> str:
+        """One line that says what is about to happen."""
+        model, train, start = self.config.model, self.config.train, self.position.step
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.parameters())
+        loader, why = choose_loader(self.pairs, self.config)
+        return (
+            f"{model.encoder} encoder, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters; "
+            f"{len(self.pairs)} pairs through {loader} ({why}), {self.order.step_size} a step on {self.world_size} "
+            f"{self.device.type} rank(s), {train.precision}, ZeRO {train.zero_stage}"
+            f"{', compiled' if train.compile else ''}; {total} steps" + (f", from step {start}" if start else "")
+        )
+
+    def step(
+        self,
+        number: int,
+        batches: Iterator[Batch],
+        beat: Callable[[str], None],
+        span: Callable[[str], AbstractContextManager[object]],
+    ) -> Step:
+        """Optimizer step ``number`` (from 0): all its micro-steps, then the optimizer's.
+
+        Args:
+            beat: told what is about to be done.
+            span: goes around each part of the step, for the profiler.
+        """
+        rate = self._set_rate(number)
+        # Whatever a step draws (drop path) is of (seed, step, rank), so a resumed run draws the same.
+        seed_all((self.config.train.seed * 1_000_003 + number) * self.world_size + self.rank)
+        micro_steps: list[MicroStep] = []
+        norm: float | Tensor | None = None
+        waited = 0.0
+        for _ in range(self.config.train.accumulation_steps):
+            beat(f"waiting for a batch of step {number + 1}")
+            before = time.perf_counter()
+            with span("data"):
+                batch = next(batches)
+            waited += time.perf_counter() - before
+            beat(f"computing step {number + 1}")
+            with span("forward"):
+                batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+                out = self.engine(batch)
+            with span("backward"):
+                self.engine.backward(_poisoned_unless_finite(out.loss))
+            micro_steps.append(MicroStep(batch, out))
+            if self.config.train.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+                norm = self._check_at_stage_0()
+            with span("optimizer"):
+                self.engine.step()
+        taken = self.engine.was_step_applied()
+        if self.config.train.zero_stage == 0:
+            taken = bool(torch.isfinite(torch.as_tensor(norm)))
+        else:
+            norm = self.engine.get_global_grad_norm()
+        return Step(rate, norm, taken, micro_steps, waited)
+
+    def _check_at_stage_0(self) -> Tensor:
+        """Stage 0 clips without telling the norm, and would take the step whatever the norm is."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.task.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            self.task.zero_grad(set_to_none=True)
+        return norm
+
+    def _set_rate(self, step: int) -> float:
+        config = self.config
+        rate = learning_rate(step, self.order.steps_per_epoch, self.order.step_size, config.optimizer, config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+
+def _poisoned_unless_finite(loss: Tensor) -> Tensor:
+    """The loss itself; the gradient of one that is not finite is not either, which an L1 loss alone does not give."""
+    return loss * torch.where(torch.isfinite(loss), 1.0, torch.nan).to(loss.dtype)
+
+
+def seed_all(seed: int) -> None:
+    """Every generator that a step may draw from, on every device; NumPy's old one too, as libraries use it."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002
+    torch.manual_seed(seed)
