@@ -39,7 +39,8 @@ endif
 
 # A candidate is tried, not looked up: version managers leave commands that only say "not installed".
 $(STAMP): setup.py pyproject.toml constraints.txt
-	@if $(HERE) && $(BIN)/python -c 'import pip' 2>/dev/null; then exit 0; fi; \
+	@if test -L $(VENV); then $(call fail,$(VENV) is a link and what it leads to would be emptied; remove the link); fi; \
+	if $(HERE) && $(BIN)/python -c 'import pip' 2>/dev/null; then exit 0; fi; \
 	for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
 	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
 	    found=$$python; \

@@ -34,6 +34,8 @@ class UserError(ValueError):
     """
 
     exit_status = EXIT_USER
+    told_elsewhere = False
+    """Whether another rank of the run is known to say the same."""
 
 
 class LostPeerError(UserError):
@@ -53,7 +55,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _stop(str(error), error.exit_status)
+        _stop("" if error.told_elsewhere else str(error), error.exit_status)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -67,5 +69,6 @@ def _stop(message: str, status: int) -> None:
     if status == EXIT_LOST or os.environ.get("LOCAL_RANK", "0") != "0":
         # The first rank of this machine mostly met the same error; the launcher then ends this one in silence.
         time.sleep(5)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status) from None

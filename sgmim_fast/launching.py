@@ -28,14 +28,9 @@ def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: di
     """
     named = [word for word in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
     devices = named[:ranks] if len(named) >= ranks else list(range(ranks))
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
-    port = environment.get("MASTER_PORT") or str(_free_port())
-    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--log_level=critical", "--module", module]
+    command = launcher_command(module, arguments, devices, environment.get("MASTER_PORT") or free_port())
     # In a session of its own the launcher does not hear the terminal's Ctrl-C, which would end the ranks in its way.
-    launcher = subprocess.Popen(
-        [*command, *arguments], env=environment, start_new_session=True, preexec_fn=_end_with_parent
-    )
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in _ranks(launcher.pid) or [psutil.Process(launcher.pid)]:
@@ -53,6 +48,21 @@ def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: di
     return status if status >= 0 else 128 - status
 
 
+def launcher_command(module: str, arguments: Sequence[str], devices: Sequence[int | str], port: int | str) -> list[str]:
+    """The command of DeepSpeed's launcher for the ranks of this machine alone, one a device."""
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
+    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--log_level=critical", "--module", module]
+    return [*command, *arguments]
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _ranks(launcher: int) -> list[psutil.Process]:
     try:
         return psutil.Process(launcher).children()
@@ -63,9 +73,3 @@ def _ranks(launcher: int) -> list[psutil.Process]:
 def _end_with_parent() -> None:
     """Between fork and exec: SIGTERM for the launcher if this command is killed, so that no rank is left behind."""
     _LIBC.prctl(_SET_SIGNAL_OF_PARENTS_DEATH, int(signal.SIGTERM), 0, 0, 0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

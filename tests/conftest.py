@@ -53,12 +53,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six uninterrupted steps on two ranks, checkpoints at 3 and 6, watched by all there is; it said ``../said``."""
-    from training_runs import arguments, succeed, train
+    """Six uninterrupted steps on two ranks, checkpoints at 3 and 6; started as the `deepspeed` command starts them."""
+    from training_runs import arguments, deepspeed_command, run, succeed
 
     output = tmp_path_factory.mktemp("two_ranks") / "run"
     watched = {"monitor__wandb": "offline", "monitor__profile_steps": "2 9", "monitor__peak_tflops": 0.5}
-    (output.parent / "said").write_text(succeed(train(2, arguments(pairs, output, **watched))))
+    out = succeed(run(deepspeed_command(2, arguments(pairs, output, **watched))))
+    assert "MFU is of 0.5 TFLOP/s a device" in out
+    assert "warning: --profile 9 leaves no trace: the run ends at 6" in out
     return output
 
 

@@ -17,6 +17,8 @@ poison     no kill: the first image of this rank's batches at ``steps`` holds in
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,30 +82,35 @@ def kill_in_save(point: str, step: int) -> None:
         raise SystemExit(f"no such fault: {point}")
 
 
-def poison(steps: list[int]) -> None:
+@contextmanager
+def poison(steps: list[int]) -> Iterator[None]:
     """Infinity in an image: what a broken augmentation or a bit flip would give."""
     usual = trainer.Trainer.step
 
-    def step(self: trainer.Trainer, number: int, batches: Any, beat: Any) -> trainer.Step:
+    def step(self: trainer.Trainer, number: int, batches: Any, *rest: Any) -> trainer.Step:
         def poisoned() -> Any:
             for batch in batches:
                 if number + 1 in steps:
                     batch["image"][0, 0, 0, 0] = float("inf")
                 yield batch
 
-        return usual(self, number, poisoned(), beat)
+        return usual(self, number, poisoned(), *rest)
 
     trainer.Trainer.step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        trainer.Trainer.step = usual  # type: ignore[method-assign]
 
 
 def main() -> None:
     fault = json.loads(os.environ["SGMIM_TEST_FAULT"])
-    if int(os.environ["RANK"]) == fault["rank"]:
-        if fault["point"] == "poison":
-            poison(fault["steps"])
-        else:
-            kill_in_save(fault["point"], fault["step"])
-    pretrain.main()
+    mine = int(os.environ["RANK"]) == fault["rank"]
+    poisons = mine and fault["point"] == "poison"
+    if mine and not poisons:
+        kill_in_save(fault["point"], fault["step"])
+    with poison(fault["steps"]) if poisons else nullcontext():
+        pretrain.main()
 
 
 if __name__ == "__main__":

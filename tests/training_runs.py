@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+from sgmim_fast.launching import free_port, launcher_command
 
 TINY = {
     "model.image-size": "64",
@@ -44,12 +45,6 @@ def write_pairs(root: Path) -> Path:
     return root
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def arguments(data: Path, output: Path, **options: Any) -> list[str]:
     chosen = TINY | {key.replace("__", ".").replace("_", "-"): str(value) for key, value in options.items()}
     words = ["--recipe", "demo", "--data", str(data), "--output", str(output)]
@@ -70,8 +65,14 @@ def run(command: list[str], file_limit: int | None = None, **variables: str) -> 
 
 
 def command(ranks: int, words: list[str], module: str = "sgmim_fast.pretrain") -> list[str]:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    return [*launcher, "--master_port", str(free_port()), "--module", module, *words]
+    """DeepSpeed's launcher with so many ranks on this machine."""
+    return launcher_command(module, words, range(ranks), free_port())
+
+
+def deepspeed_command(ranks: int, words: list[str]) -> list[str]:
+    """What the `deepspeed` command runs, which comes to the same launcher in the end."""
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    return [*runner, "--master_port", str(free_port()), "--module", "sgmim_fast.pretrain", *words]
 
 
 def train(ranks: int, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -88,12 +89,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def same_course(folder: Path, other: Path) -> None:
-    """Losses, norms and weights of two runs of as many steps have the same bits."""
-    ours = {row["step"]: row for row in rows(folder)}
+    """Two runs have the same steps, each once; losses, norms and weights have the same bits."""
     theirs = rows(other)
-    for row in theirs:
-        for name in ("epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm"):
-            assert ours[row["step"]][name] == row[name], (name, row["step"])
+    for our, their in zip(rows(folder), theirs, strict=True):
+        for name in ("step", "epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm"):
+            assert our[name] == their[name], (name, their["step"])
     last = theirs[-1]["step"]
     for name, value in weights(other, last).items():
         assert torch.equal(weights(folder, last)[name], value), name

@@ -1,7 +1,7 @@
 """What ranks decide together on the host, without waiting for a device."""
 
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed
@@ -23,7 +23,7 @@ class Agreement:
             timeout_seconds: how long an answer of the other ranks is waited for.
         """
         group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        assert isinstance(group, distributed.ProcessGroup)  # it holds every rank
+        assert isinstance(group, distributed.ProcessGroup)  # every rank is in it
         self._group = group
 
     def any(self, flags: list[bool]) -> list[bool]:
@@ -40,7 +40,14 @@ class Agreement:
         return [bool(flag) for flag in said.tolist()]
 
     def gather(self, own: T) -> list[T]:
-        """What every rank gives, in the order of ranks; a collective. Values travel pickled."""
-        found = [own] * distributed.get_world_size()
+        """What every rank has, in the order of ranks, on every rank; a collective.
+
+        Args:
+            own: anything that can be pickled.
+
+        Raises:
+            RuntimeError: as above.
+        """
+        found: list[T | None] = [None] * distributed.get_world_size(self._group)
         distributed.all_gather_object(found, own, group=self._group)
-        return found
+        return cast(list[T], found)

@@ -74,11 +74,13 @@ class SkippedSteps:
                 f"{self._run / LIST} names its samples"
             )
         if self._in_a_row > self._most:
-            raise UserError(
+            error = UserError(
                 f"{self._in_a_row} steps in a row had a gradient that is not finite, the last with samples "
                 f"{_names(suspects)}; {self._run / LIST} names all: look at these pairs, lower --optimizer.lr, or "
                 "allow more by --fault.max-skipped-steps"
             )
+            error.told_elsewhere = rank != 0
+            raise error
 
     def _dump(self, name: str, batch: Mapping[str, Tensor]) -> None:
         folder = self._run / FOLDER

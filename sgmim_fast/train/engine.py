@@ -87,7 +87,7 @@ def _go_on(config: PretrainConfig, run: Path, pairs: Pairs, device: torch.device
     """A trainer with the state of ``checkpoint``, which any number of ranks may have written."""
     found = read_position(checkpoint)
     here = sample_order(pairs, config, distributed.get_world_size()).state(BEGIN, pairs.sha256)
-    check_same_run(checkpoint, found.config, config, (found.loader, here))
+    on_chief(lambda: check_same_run(checkpoint, found.config, config, (found.loader, here)))
     # Stage 0 keeps all of the state on every rank.
     reshape = config.train.zero_stage > 0 and found.loader.world_size != here.world_size
     source = on_chief(lambda: make_universal(checkpoint)) if reshape else checkpoint

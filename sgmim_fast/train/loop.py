@@ -63,9 +63,8 @@ class Loop:
     def _steps(self, total: int) -> bool:
         batches, log_every = iter(self._loader), self._trainer.config.train.log_every
         for number in range(self._start, total):
+            step = self._trainer.step(number, batches, self._profiler, self._watchdog.beat)
             done = number + 1
-            with self._profiler.step(done):
-                step = self._trainer.step(number, batches, self._watchdog.beat, self._profiler.span)
             self._note(step, done)
             if done % log_every == 0 or done == total:
                 self._report(step, done)

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import re
+import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +16,33 @@ import deepspeed
 import torch
 from torch import distributed
 
-from sgmim_fast.errors import LostPeerError, UserError
+from sgmim_fast.errors import LostPeerError, UserError, first_line
 
 T = TypeVar("T")
+
+_LOST = (
+    # of sockets, as gloo and NCCL pass them on
+    "by peer",  # connection closed by peer, connection reset by peer
+    "connection refused",
+    "connection timed out",
+    "broken pipe",
+    "no route to host",
+    "network is unreachable",
+    # of gloo
+    "timed out waiting",
+    "timeout caused pair closure",
+    "connectfullmesh failed",
+    "connect timeout",
+    # of the store
+    "wait timeout after",
+    "socket timeout",
+    # of NCCL and its watchdog
+    "remote process exited",
+    "ncclremoteerror",
+    "communicator was aborted",
+    "collective operation timeout",
+)
+"""What the messages of a lost rank contain, in lower case."""
 
 
 @contextmanager
@@ -27,20 +54,31 @@ def joined_ranks(timeout_seconds: float) -> Iterator[torch.device]:
             torch or DeepSpeed makes in the block.
 
     Raises:
-        LostPeerError: if a collective of the block fails because another rank has ended.
+        LostPeerError: if a rank does not arrive in time, or a collective of the block fails because another rank has
+            ended or cannot be reached.
+        UserError: if the port at the master address is taken.
     """
-    device = _join(timedelta(seconds=timeout_seconds))
+    try:
+        device = _join(timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        if _is_taken_port(error):
+            raise UserError(f"{_meeting_place()} is taken by another program; choose another MASTER_PORT") from error
+        if is_lost_peer(error):
+            raise _in_vain(timeout_seconds, error) from error
+        raise
     try:
         yield device
-    except RuntimeError as error:
+    except BaseException as error:
+        _leave_behind()
         if is_lost_peer(error):
-            reason = str(error).splitlines()[0]
             raise LostPeerError(
-                f"another rank has ended ({reason}); its message says why, --resume auto goes on"
+                f"another rank has ended or cannot be reached ({_reason(error)}); if it ended, its message says why; "
+                "--resume auto goes on"
             ) from error
         raise
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def on_chief(decide: Callable[[], T]) -> T:
@@ -56,13 +94,23 @@ def on_chief(decide: Callable[[], T]) -> T:
             answer[0] = error
     distributed.broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
+        answer[0].told_elsewhere = distributed.get_rank() != 0
         raise answer[0]
     return cast(T, answer[0])
 
 
-def is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because another rank has ended; gloo raises a bare RuntimeError then."""
-    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "by peer" in str(error))
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has ended or does not answer in time.
+
+    Gloo raises a bare RuntimeError then, the store and NCCL one of their own; what tells is the message. An NCCL that
+    is set up wrongly, or a port that is taken, is no lost rank.
+    """
+    if isinstance(error, distributed.DistNetworkError):
+        return not _is_taken_port(error)
+    if isinstance(error, distributed.DistStoreError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in message for sign in _LOST)
 
 
 def own_device() -> torch.device:
@@ -70,6 +118,51 @@ def own_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def _reach_first_rank(seconds: float) -> None:
+    """Wait until rank 0 listens. PyTorch waits too, but twice as long, and then prints its call stack."""
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection(address, timeout=max(0.1, end - time.monotonic())) as connection:
+                if connection.getsockname() != connection.getpeername():  # a free port may be connected to itself
+                    return
+                reason: Exception = ConnectionRefusedError("nobody listens")
+        except OSError as error:
+            reason = error
+        if time.monotonic() >= end:
+            raise _in_vain(seconds, reason) from reason
+        time.sleep(0.2)
+
+
+def _in_vain(seconds: float, error: Exception) -> LostPeerError:
+    rank, count = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    return LostPeerError(
+        f"rank {rank} waited {seconds:g} s in vain for all {count} ranks to meet at {_meeting_place()} "
+        f"({_reason(error)}); start all of them, and see that each reaches that address"
+    )
+
+
+def _meeting_place() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _reason(error: BaseException) -> str:
+    """Without gloo's source line in front and its advice behind."""
+    line = re.sub(r"^(\[[^\]]*\.cc:\d+\] )+", "", first_line(error))
+    return line.partition(". This is typically")[0].rstrip(".")
+
+
+def _is_taken_port(error: Exception) -> bool:
+    return isinstance(error, distributed.DistNetworkError) and "EADDRINUSE" in str(error)
+
+
+def _leave_behind() -> None:
+    """Give up NCCL's communicators: closing them in order would wait for ranks that are lost or still in the block."""
+    if distributed.is_initialized() and distributed.get_backend() == "nccl":
+        distributed.distributed_c10d._abort_process_group()
 
 
 def _join(timeout: timedelta) -> torch.device:
@@ -89,7 +182,9 @@ def _join(timeout: timedelta) -> torch.device:
     else:
         backend = "gloo"
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))  # a job may have a part of the cores
+    if os.environ["RANK"] != "0":
+        _reach_first_rank(timeout.total_seconds())
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     # The groups that ZeRO makes would wait as long as torch does unless told otherwise: 30 minutes.
     deepspeed.comm.comm.cdb.new_group = partial(distributed.new_group, timeout=timeout)

@@ -96,8 +96,8 @@ class Reporter:
         row = {**row, **self._efficiency.at(rate)}
         for sink in self._sinks:
             sink.row(row)
-        losses = (f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in LOSSES if row[name] is not None)
-        mfu = () if row["mfu"] is None else (f"MFU {100 * row['mfu']:.1f} %",)
+        losses = [f"{name.removesuffix('_loss')} {value:.4f}" for name in LOSSES if (value := row[name]) is not None]
+        mfu = [] if row["mfu"] is None else [f"MFU {100 * row['mfu']:.1f} %"]
         note = " ".join((*losses, f"{rate:.1f} img/s", *mfu))
         self._progress.update(self._task, note=note)
         if not self._console.is_terminal:

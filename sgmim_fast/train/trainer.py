@@ -23,6 +23,10 @@ from sgmim_fast.train.checkpoint import Position
 from sgmim_fast.train.compiling import compile_step
 from sgmim_fast.train.deepspeed_settings import deepspeed_config
 from sgmim_fast.train.optim import build_optimizer, learning_rate
+from sgmim_fast.train.profiling import StepProfiler
+
+Span = Callable[[str], AbstractContextManager[object]]
+"""Names a part of a step in the profiler's trace."""
 
 
 class MicroStep(NamedTuple):
@@ -90,19 +94,16 @@ class Trainer:
             f"{', compiled' if train.compile else ''}; {total} steps" + (f", from step {start}" if start else "")
         )
 
-    def step(
-        self,
-        number: int,
-        batches: Iterator[Batch],
-        beat: Callable[[str], None],
-        span: Callable[[str], AbstractContextManager[object]],
-    ) -> Step:
+    def step(self, number: int, batches: Iterator[Batch], profiler: StepProfiler, beat: Callable[[str], None]) -> Step:
         """Optimizer step ``number`` (from 0): all its micro-steps, then the optimizer's.
 
         Args:
             beat: told what is about to be done.
-            span: goes around each part of the step, for the profiler.
         """
+        with profiler.step(number + 1):
+            return self._step(number, batches, profiler.span, beat)
+
+    def _step(self, number: int, batches: Iterator[Batch], span: Span, beat: Callable[[str], None]) -> Step:
         rate = self._set_rate(number)
         # Whatever a step draws (drop path) is of (seed, step, rank), so a resumed run draws the same.
         seed_all((self.config.train.seed * 1_000_003 + number) * self.world_size + self.rank)
