@@ -34,7 +34,6 @@ from sgmim_fast.train.run_folder import (
     FileFact,
     checkpoint_name,
     checkpoints,
-    file_fact,
     latest_checkpoint,
     temporary_name,
 )
@@ -88,6 +87,8 @@ class Checkpoints:
         self._engine, self._model, self._run, self._agreement, self._say = engine, model, run, agreement, say
         self._writer = ShardWriter(beside)
         engine.checkpoint_engine = self._writer
+        # A program beside the shards that nobody needs who has WEIGHTS; copying it fails in its own way on a full disk.
+        engine._copy_recovery_script = lambda save_path: None
         self._begun: Position | None = None
         self._chief = distributed.get_rank() == 0
 
@@ -180,10 +181,6 @@ class Checkpoints:
                     f"{name}, which another rank has written, is not there on rank 0's machine; --output must be on a "
                     "file system that all machines share"
                 )
-        for path in temporary.iterdir():  # what DeepSpeed adds on its own
-            if path.name not in facts:
-                facts[path.name] = file_fact(path)
-                make_durable(path)
         listing = temporary / FILES
         listing.write_text(json.dumps(dict(sorted(facts.items())), indent=1) + "\n")
         make_durable(listing, temporary)
@@ -206,10 +203,23 @@ def _reason(error: BaseException) -> str:
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    """Restore model and optimizer from ``folder``; every rank calls it."""
+    """Restore model and optimizer from ``folder``; every rank calls it.
+
+    The optimizer keeps the hyperparameters that it was made with: where they differ from the checkpoint's, that was
+    allowed by name.
+    """
+    optimizer = engine.optimizer
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise UserError(f"DeepSpeed found nothing to load in {folder}; choose an earlier checkpoint with --resume PATH")
+    # From a universal checkpoint stage 3 gives all groups the hyperparameters of the first, weight decay among them, and
+    # all parameters one counter of steps, which then counts as many times as there are parameters.
+    for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+        group.update(hyperparameters)
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def read_position(folder: Path) -> Position:
