@@ -11,7 +11,8 @@ import pytest
 from torch import distributed
 from training_runs import free_port, run_environment
 
-from sgmim_fast.train.ranks import is_lost_peer
+from sgmim_fast.errors import UserError
+from sgmim_fast.train.ranks import _check_restarts, is_lost_peer
 
 LOST = [
     RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.1]:6564"),
@@ -96,6 +97,22 @@ def test_a_taken_port_is_no_lost_rank() -> None:
         out, _ = process.communicate(timeout=120)
     assert process.returncode == 2, out
     assert f"error: 127.0.0.1:{port} is taken by another program; choose another MASTER_PORT" in out
+
+
+@pytest.mark.parametrize(
+    ("shared", "restarts", "refused"), [("True", "3", True), ("False", "3", False), ("True", "0", False)]
+)
+def test_restarts_of_torchrun_need_a_store_that_goes_with_the_ranks(
+    shared: str, restarts: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused at once, because the race that a shared one brings is lost only now and then."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    if refused:
+        with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+            _check_restarts()
+    else:
+        _check_restarts()
 
 
 TOGETHER = """

@@ -44,7 +44,8 @@ def by_torchrun(hosts: TwoHosts, words: list[str]) -> list[Started]:
         agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts.addresses[0]}:{PORT}", "--rdzv-id", "run"]
         agent += ["--rdzv-conf", f"is_host={int(host == 0)}", "--local-addr", address, "--max-restarts", "3"]
-        started.append(hosts.start(host, [*agent, "-m", "sgmim_fast.pretrain", *words]))
+        agent += ["-m", "sgmim_fast.pretrain", *words]
+        started.append(hosts.start(host, agent, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
     return started
 
 

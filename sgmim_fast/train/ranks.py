@@ -56,7 +56,7 @@ def joined_ranks(timeout_seconds: float) -> Iterator[torch.device]:
     Raises:
         LostPeerError: if a rank does not arrive in time, or a collective of the block fails because another rank has
             ended or cannot be reached.
-        UserError: if the port at the master address is taken.
+        UserError: if the port at the master address is taken, or torchrun's restarts would not work.
     """
     try:
         device = _join(timedelta(seconds=timeout_seconds))
@@ -120,6 +120,16 @@ def own_device() -> torch.device:
     return torch.device("cpu")
 
 
+def _check_restarts() -> None:
+    """Torchrun's agents may lend ranks a store that outlives restarts: new ranks then find the last ones' addresses."""
+    elastic = {name: os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("USE_AGENT_STORE", "MAX_RESTARTS")}
+    if elastic["USE_AGENT_STORE"] == "True" and elastic["MAX_RESTARTS"] not in ("", "0"):
+        raise UserError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment on every machine; "
+            "without, ranks that start again may look for each other where the last ones were"
+        )
+
+
 def _reach_first_rank(seconds: float) -> None:
     """Wait until rank 0 listens. PyTorch waits too, but twice as long, and then prints its call stack."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -175,6 +185,7 @@ def _join(timeout: timedelta) -> torch.device:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in alone.items():  # started without a launcher
         os.environ.setdefault(name, value)
+    _check_restarts()
     device = own_device()
     if device.type == "cuda":
         backend = "nccl"
