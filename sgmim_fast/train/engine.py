@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
 import deepspeed
 import torch
 from torch import Tensor, distributed
@@ -25,6 +23,7 @@ from sgmim_fast.train.bad_samples import BadSampleLog
 from sgmim_fast.train.checkpoint import Position, load_checkpoint, read_position, save_checkpoint
 from sgmim_fast.train.choices import check_choices
 from sgmim_fast.train.compiling import compile_step
+from sgmim_fast.train.deepspeed_settings import deepspeed_config
 from sgmim_fast.train.environment import describe_environment
 from sgmim_fast.train.metrics import LossWindow, Reporter, Stopwatch, as_float, peak_memory_bytes
 from sgmim_fast.train.optim import build_optimizer, learning_rate
@@ -76,19 +75,6 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a run."""
-    return {
-        "train_micro_batch_size_per_gpu": config.train.batch_size,
-        "gradient_accumulation_steps": config.train.accumulation_steps,
-        "gradient_clipping": config.optimizer.clip_grad_norm,
-        "bf16": {"enabled": config.train.precision == "bf16"},
-        "zero_optimization": {"stage": config.train.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 60,
-    }
-
-
 def _set_aside(run: Path) -> None:
     """Rename what a run left that ended before its first checkpoint: it cannot be continued, only repeated."""
     for name in ("metrics.jsonl", "tensorboard"):
@@ -118,7 +104,9 @@ class _Trainer:
         self.order = sample_order(pairs, config, self.world_size)
         torch.manual_seed(config.train.seed)
         train = config.train
-        self.task = PretrainTask(config.model, train.backend, train.attention, train.norm, device)
+        self.task = PretrainTask(
+            config.model, train.backend, train.attention, train.norm, device, train.activation_checkpointing
+        )
         optimizer = build_optimizer(self.task, config.optimizer, device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.task, optimizer=optimizer, config=deepspeed_config(config)
