@@ -6,8 +6,6 @@ import torch
 
 from sgmim_fast.config import PretrainConfig, TrainConfig
 
-LARGEST_PREFETCH = 50_000_000  # elements; DeepSpeed's own figure for what ZeRO-3 fetches ahead
-
 
 def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration for a run."""
@@ -34,7 +32,10 @@ def zero_settings(train: TrainConfig) -> dict[str, Any]:
         "reduce_bucket_size": train.bucket_size,
     }
     if train.zero_stage == 3:
-        settings["stage3_prefetch_bucket_size"] = min(train.bucket_size, LARGEST_PREFETCH)
+        # In the proportions of DeepSpeed's own figures: what is fetched ahead of its use, and within how many elements
+        # weights must be used again to be kept. At those figures ZeRO-3 keeps all weights of a model this small.
+        settings["stage3_prefetch_bucket_size"] = train.bucket_size // 10
+        settings["stage3_max_live_parameters"] = settings["stage3_max_reuse_distance"] = 2 * train.bucket_size
     else:
         settings["allgather_bucket_size"] = train.bucket_size + train.bucket_size % 2  # DeepSpeed wants it even
     if train.offload_optimizer:

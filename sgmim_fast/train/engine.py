@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+
 import deepspeed
 import torch
 from torch import Tensor, distributed
