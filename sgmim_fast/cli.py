@@ -237,10 +237,15 @@ def _pretrain(argv: Sequence[str]) -> int:
     from sgmim_fast.launching import launch
     from sgmim_fast.train.arguments import parse_config
 
-    parse_config(rest)  # what is wrong is said here, once, before any rank starts
+    config, _ = parse_config(rest)  # what is wrong is said here, once, before any rank starts
     if known.num_gpus is not None and known.num_gpus < 1:
         raise UserError(f"--num-gpus {known.num_gpus} must be 1 or more")
     count = known.num_gpus or torch.cuda.device_count() or 1
+    if config.dry_run:
+        from sgmim_fast.train.dry_run import dry_run
+
+        dry_run(config, count)
+        return 0
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")

@@ -14,10 +14,18 @@ def main() -> None:
         # DeepSpeed decides at import which accelerator it serves; said outright, it does not warn.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from sgmim_fast.train.arguments import parse_config
-    from sgmim_fast.train.engine import pretrain
 
     with one_line_errors():
-        if not pretrain(*parse_config(sys.argv[1:])):
+        config, recipe = parse_config(sys.argv[1:])
+        if config.dry_run:
+            from sgmim_fast.train.dry_run import dry_run
+
+            if os.environ.get("RANK", "0") == "0":
+                dry_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+            return
+        from sgmim_fast.train.engine import pretrain
+
+        if not pretrain(config, recipe):
             raise SystemExit(EXIT_PREEMPTED)
 
 

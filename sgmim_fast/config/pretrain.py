@@ -39,6 +39,11 @@ class PretrainConfig:
             "optimizer.implementation apex counts one step for each piece that train.zero_stage 3 hands it; choose "
             "adamw or deepspeed, or a lower stage",
         )
+        require(
+            self.optimizer.implementation == "adamw" or not self.train.offload_optimizer,
+            f"optimizer.implementation {self.optimizer.implementation} steps on a GPU alone, and "
+            "train.offload_optimizer keeps its state in the host's memory; choose adamw, or leave the offload out",
+        )
         stages = len(self.model.depths)
         require(
             all(stage < stages for stage in self.train.activation_checkpointing),

@@ -48,8 +48,8 @@ class TrainConfig:
     """Encoder stages (from 0; ViT has stage 0 alone) whose blocks keep no activations but compute them again."""
     offload_optimizer: bool = False
     """Keep the optimizer's state, and take its steps, in the host's memory (ZeRO 1 to 3)."""
-    overlap_comm: bool = False
-    """Reduce gradients beside the backward pass (DeepSpeed's overlap_comm; ZeRO 1 to 3)."""
+    overlap_comm: Literal["auto", "on", "off"] = "auto"
+    """Reduce gradients beside the backward pass (DeepSpeed's overlap_comm; ZeRO 1 to 3); "auto" does so at stage 3."""
     bucket_size: int = 500_000_000
     """Gradient elements that one collective takes at a time; smaller ones need less memory (ZeRO 1 to 3)."""
 
@@ -58,6 +58,7 @@ class TrainConfig:
         one_of("train.backend", self.backend, get_args(Backend))
         one_of("train.attention", self.attention, get_args(Attention))
         one_of("train.norm", self.norm, get_args(Norm))
+        one_of("train.overlap_comm", self.overlap_comm, ("auto", "on", "off"))
         for name in ("batch_size", "accumulation_steps", "log_every", "checkpoint_every", "keep_last", "bucket_size"):
             require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} must be 1 or more")
         for name in ("keep_every", "max_steps"):
@@ -76,7 +77,7 @@ class TrainConfig:
             f"train.activation_checkpointing {' '.join(map(str, stages))} must name stages from 0, each once",
         )
         require(
-            self.zero_stage >= 1 or not (self.offload_optimizer or self.overlap_comm),
+            self.zero_stage >= 1 or not (self.offload_optimizer or self.overlap_comm == "on"),
             "train.offload_optimizer and train.overlap_comm need train.zero_stage 1 or more",
         )
         require(
@@ -98,6 +99,11 @@ class TrainConfig:
             not self.compile or self.norm != "apex",
             "train.norm apex cannot be compiled; use torch, whose norms the compiler fuses, or leave --compile out",
         )
+
+    @property
+    def overlaps_comm(self) -> bool:
+        """What ``overlap_comm`` comes to at this ZeRO stage."""
+        return self.zero_stage == 3 if self.overlap_comm == "auto" else self.overlap_comm == "on"
 
 
 @dataclass(frozen=True, kw_only=True)

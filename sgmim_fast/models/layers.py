@@ -4,9 +4,12 @@ Every parameter is used inside the forward of the module that owns it, or of one
 of its owner: under ZeRO-3 that is when it is there.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sgmim_fast import ops, reference
 from sgmim_fast.masking import CELL
@@ -44,6 +47,21 @@ class DropPath(nn.Module):
         keep = 1.0 - self.rate
         kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
         return x * kept / keep
+
+
+class BlockStage(nn.Module):
+    """A module that runs residual blocks one after the other, and chooses what they keep for the backward pass."""
+
+    checkpointed = False
+    """Keep each block's input alone and run the block again in the backward pass (activation checkpointing)."""
+    draws = False
+    """Whether blocks draw random numbers: those of drop path, which must come again."""
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """``block(*inputs)``; same numbers either way, drop path's included."""
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.draws and self.training)
+        return block(*inputs)
 
 
 class PatchEmbed(nn.Module):
@@ -108,6 +126,10 @@ class MaskedEncoder(nn.Module):
         """
         embedded = self._embed(image, mask) if visible is None else self._embed_visible(image, visible, backend)
         return self.encode(embedded)
+
+    def block_stages(self) -> list[BlockStage]:
+        """The modules that run the blocks of each stage."""
+        raise NotImplementedError
 
     def encode(self, x: Tensor) -> Tensor:
         """Embedded tokens (B, H / p, W / p, E) -> (B, L, C)."""

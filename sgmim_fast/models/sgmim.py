@@ -3,6 +3,7 @@
 SG-MIM (arXiv 2409.02513), and SimMIM (2111.09886) with ``guidance="none"``. ``docs/method.md`` has the formulas.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,6 +87,24 @@ class SGMIM(nn.Module):
         for module in self.modules():
             if module is self or isinstance(module, Dispatched):
                 module.backend, module.attention = backend, attention
+
+    def set_activation_checkpointing(self, stages: Sequence[int]) -> None:
+        """Let the blocks of these encoder stages (from 0; ViT has stage 0 alone) keep no activations.
+
+        They run again in the backward pass: the same losses and gradients for less memory and more time.
+
+        Raises:
+            UserError: for a stage that the encoder lacks.
+        """
+        found = self.encoder.block_stages()
+        for stage in stages:
+            if not 0 <= stage < len(found):
+                raise UserError(
+                    f"activation checkpointing of stage {stage} cannot be: the {self.config.encoder} encoder's stages "
+                    f"are 0 to {len(found) - 1}"
+                )
+        for number, module in enumerate(found):
+            module.checkpointed = number in stages
 
     @property
     def image_head(self) -> nn.Sequential:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sgmim_fast import ops
 from sgmim_fast.config import ModelConfig
 from sgmim_fast.models.layers import (
+    BlockStage,
     Dispatched,
     DropPath,
     MaskedEncoder,
@@ -133,11 +134,12 @@ class PatchMerging(nn.Module):
         return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
 
 
-class SwinStage(nn.Module):
+class SwinStage(BlockStage):
     """Blocks of one resolution, every second one shifted, and the merging to the next."""
 
     def __init__(self, config: ModelConfig, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
+        self.draws = max(drop_paths) > 0.0
         width, heads = config.embed_dim * 2**stage, config.num_heads[stage]
         side = min(config.hw) // (config.patch_size * 2**stage)  # tokens of the map's shorter side
         window = min(config.window_size, side)
@@ -151,7 +153,7 @@ class SwinStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = self.run_block(block, x)
         return x if self.downsample is None else self.downsample(x)
 
 
@@ -176,6 +178,9 @@ class SwinEncoder(MaskedEncoder):
         self.apply(init_trunc_normal)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.apply(_silence_post_norms)
+
+    def block_stages(self) -> list[BlockStage]:
+        return [layer for layer in self.layers if isinstance(layer, BlockStage)]
 
     def encode(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from sgmim_fast import ops
 from sgmim_fast.config import ModelConfig
 from sgmim_fast.masking import CELL
-from sgmim_fast.models.layers import Dispatched, DropPath, MaskedEncoder, Mlp, QkvLinear, init_trunc_normal
+from sgmim_fast.models.layers import (
+    BlockStage,
+    Dispatched,
+    DropPath,
+    MaskedEncoder,
+    Mlp,
+    QkvLinear,
+    init_trunc_normal,
+)
 
 
 class Attention(Dispatched):
@@ -64,7 +72,7 @@ class SharedRelativePositionBias(nn.Module):
         return self.relative_position_bias_table
 
 
-class ViTEncoder(MaskedEncoder):
+class ViTEncoder(MaskedEncoder, BlockStage):
     """ViT whose class token is dropped at the end."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -75,6 +83,7 @@ class ViTEncoder(MaskedEncoder):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.rel_pos_bias = SharedRelativePositionBias(self.map, config.num_heads[0])
         rates = torch.linspace(0, config.drop_path_rate, config.depths[0], device="cpu").tolist()
+        self.draws = max(rates) > 0.0
         blocks = [Block(config, rate) for rate in rates]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
@@ -92,6 +101,9 @@ class ViTEncoder(MaskedEncoder):
                 block.attn.proj.weight.div_(math.sqrt(2.0 * number))
                 block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
 
+    def block_stages(self) -> list[BlockStage]:
+        return [self]
+
     def encode(self, x: Tensor) -> Tensor:
         grid = (x.shape[1], x.shape[2])
         if grid != self.map:
@@ -99,5 +111,5 @@ class ViTEncoder(MaskedEncoder):
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
         table = self.rel_pos_bias()
         for block in self.blocks:
-            x = block(x, table, grid)
+            x = self.run_block(block, x, table, grid)
         return self.norm(x)[:, 1:]

@@ -1,6 +1,6 @@
 """The pre-training task: what happens to a loader's batch until its losses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class PretrainTask(nn.Module):
         backend: see ``SGMIM.set_backend``.
         attention: see ``SGMIM.set_attention``.
         norm: see ``use_norm``.
+        activation_checkpointing: see ``SGMIM.set_activation_checkpointing``.
         device: where the model runs, and where the choices above are checked; None leaves it where it was made.
     """
 
@@ -30,12 +31,14 @@ class PretrainTask(nn.Module):
         attention: Attention = "auto",
         norm: Norm = "torch",
         device: torch.device | None = None,
+        activation_checkpointing: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.model = create_model(config).to(device)
         self.model.set_backend(backend)
         self.model.set_attention(attention)
         use_norm(self.model, norm)
+        self.model.set_activation_checkpointing(activation_checkpointing)
 
     def forward(self, batch: Mapping[str, Tensor]) -> PretrainOutput:
         """Losses of a loader's batch: ``image``, raw ``structure``, ``mask``, ``masked``, ``visible``."""

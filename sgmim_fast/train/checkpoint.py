@@ -213,8 +213,8 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise UserError(f"DeepSpeed found nothing to load in {folder}; choose an earlier checkpoint with --resume PATH")
-    # From a universal checkpoint stage 3 gives all groups the hyperparameters of the first, weight decay among them, and
-    # all parameters one counter of steps, which then counts as many times as there are parameters.
+    # From a universal checkpoint stage 3 gives all groups the hyperparameters of the first, weight decay among them,
+    # and all parameters one counter of steps, which then counts as many times as there are parameters.
     for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
         group.update(hyperparameters)
     for state in optimizer.state.values():

@@ -1,8 +1,10 @@
-"""DeepSpeed's own configuration for a run."""
+"""What DeepSpeed is told about a run: batch, precision, ZeRO and where its memory goes."""
 
 from typing import Any
 
-from sgmim_fast.config import PretrainConfig
+import torch
+
+from sgmim_fast.config import PretrainConfig, TrainConfig
 
 
 def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
@@ -13,7 +15,31 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip_grad_norm,
         # Steps whose gradient is not finite are then skipped, as in fp32.
         "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
-        "zero_optimization": {"stage": config.train.zero_stage},
+        "zero_optimization": zero_settings(config.train),
         "zero_allow_untested_optimizer": True,
+        # PyTorch's AdamW steps on the host as well; DeepSpeed's own CPU Adam would have to be built first.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
     }
+
+
+def zero_settings(train: TrainConfig) -> dict[str, Any]:
+    """The part about ZeRO. Sizes are in elements, as DeepSpeed counts them."""
+    if train.zero_stage == 0:
+        return {"stage": 0}
+    settings: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "overlap_comm": train.overlaps_comm,
+        "reduce_bucket_size": train.bucket_size,
+    }
+    if train.zero_stage == 3:
+        # In the proportions of DeepSpeed's own figures: what is fetched ahead of its use, and within how many elements
+        # weights must be used again to be kept. At those figures ZeRO-3 keeps all weights of a model this small.
+        settings["stage3_prefetch_bucket_size"] = train.bucket_size // 10
+        settings["stage3_max_live_parameters"] = settings["stage3_max_reuse_distance"] = 2 * train.bucket_size
+    else:
+        settings["allgather_bucket_size"] = train.bucket_size + train.bucket_size % 2  # DeepSpeed wants it even
+    if train.offload_optimizer:
+        # Page-locked memory lets a GPU copy beside its work; without a GPU there is nothing to lock it for.
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return settings

@@ -67,7 +67,9 @@ class Trainer:
         self.order = sample_order(pairs, config, self.world_size)
         train = config.train
         seed_all(train.seed)
-        self.task = PretrainTask(config.model, train.backend, train.attention, train.norm, device)
+        self.task = PretrainTask(
+            config.model, train.backend, train.attention, train.norm, device, train.activation_checkpointing
+        )
         optimizer = build_optimizer(self.task, config.optimizer, device)
         settings = deepspeed_config(config)
         if universal:
