@@ -20,6 +20,11 @@ from tests.faulty_pretrain import poison
 from tests.training_runs import arguments
 
 COMBINATIONS = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
+WITH_DROP_PATH = {
+    "vit": (2, "bf16", {"model__embed_dim": 32, "model__depths": 2, "model__num_heads": 2, "model__patch_size": 16}),
+    "swinv2": (3, "fp32", {}),
+}
+"""Encoders that draw numbers in each step, other ones on each rank."""
 
 
 def name(stage: int, precision: str) -> str:
@@ -36,6 +41,13 @@ def run(words: list[str]) -> None:
     assert pretrain(*parse_config(words))
 
 
+def straight_and_halves(data: Path, folder: Path, stage: int, precision: str, ranks: int, **options: Any) -> None:
+    run([*configured(data, folder / "straight", stage, precision, ranks, **options), "--train.max-steps", "4"])
+    words = configured(data, folder / "halves", stage, precision, ranks, **options)
+    run([*words, "--train.max-steps", "2"])
+    run([*words, "--train.max-steps", "4", "--resume", "auto"])
+
+
 def main() -> None:
     data, output, *others = map(Path, (word for word in sys.argv[1:] if not word.startswith("--local_rank")))
     ranks = int(os.environ["WORLD_SIZE"])
@@ -49,15 +61,14 @@ def main() -> None:
             run([*words, "--resume", str(written)])
         if others:
             continue
-        words = configured(data, folder / "straight", stage, precision, ranks, train__max_steps=4)
-        run(words)
-        words = configured(data, folder / "halves", stage, precision, ranks)
-        run([*words, "--train.max-steps", "2"])
-        run([*words, "--train.max-steps", "4", "--resume", "auto"])
+        straight_and_halves(data, folder, stage, precision, ranks)
         # The last rank alone meets what is not finite in the second of three steps.
         words = configured(data, folder / "poisoned", stage, precision, ranks, train__max_steps=3)
         with poison([2]) if distributed.get_rank() == ranks - 1 else nullcontext():
             run([*words, "--train.checkpoint-every", "1"])
+    for encoder, (stage, precision, shape) in () if others else WITH_DROP_PATH.items():
+        shape = {"model__encoder": encoder, "model__drop_path_rate": 0.3, **shape}
+        straight_and_halves(data, output / encoder, stage, precision, ranks, **shape)
     destroy()
 
 

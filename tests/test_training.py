@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -107,32 +106,6 @@ def test_a_run_killed_within_an_epoch_sees_the_same_batches_again(
     out = succeed(train(2, [*words, "--resume", "auto"]))
     assert f"24 pairs through {loader}" in out
     same_course(output, two_ranks)
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision", "encoder"), [(0, "fp32", "swin"), (2, "bf16", "vit"), (3, "fp32", "swinv2")]
-)
-def test_stages_precisions_and_drop_path_resume_exactly(
-    stage: int, precision: str, encoder: str, pairs: Path, tmp_path: Path
-) -> None:
-    """One rank, drop path on: four steps at once, and two and two."""
-    options: dict[str, Any] = {"train__zero_stage": stage, "train__precision": precision, "model__encoder": encoder,
-                               "model__drop_path_rate": 0.3, "train__checkpoint_every": 2}  # fmt: skip
-    if encoder == "vit":
-        options |= {"model__embed_dim": 32, "model__depths": 2, "model__num_heads": 2, "model__patch_size": 16}
-    straight, halves = tmp_path / "straight", tmp_path / "halves"
-    succeed(train(1, arguments(pairs, straight, **options, train__max_steps=4)))
-    succeed(train(1, arguments(pairs, halves, **options, train__max_steps=2)))
-    succeed(train(1, [*arguments(pairs, halves, **options, train__max_steps=4), "--resume", "auto"]))
-    for a, b in zip(rows(straight), rows(halves), strict=True):
-        assert a["loss"] == b["loss"], a["step"]
-        assert a["grad_norm"] == b["grad_norm"] > 0
-    first, last = weights(straight, 2), weights(straight, 4)
-    for name, value in weights(halves, 4).items():
-        assert torch.equal(last[name], value), name
-    assert any(not torch.equal(first[name], last[name]) for name in first)
-    if precision == "bf16":  # saved is the optimizer's fp32 copy, not the rounded one that runs
-        assert any(not torch.equal(value, value.bfloat16().float()) for value in last.values())
 
 
 def test_a_save_that_fails_leaves_the_checkpoint_before_it(two_ranks: Path, pairs: Path, tmp_path: Path) -> None:
