@@ -22,7 +22,15 @@ LAYERS = (
     ("weights", "data"),
     ("tasks",),
     ("train",),
-    (PACKAGE, "timm", "pretrain", "finetune", "report", "doctor"),  # sgmim_fast is the package's own __init__
+    (
+        PACKAGE,
+        "timm",
+        "pretrain",
+        "finetune",
+        "report",
+        "doctor",
+        "planning",
+    ),  # sgmim_fast is the package's own __init__
     ("cli",),
 )
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
