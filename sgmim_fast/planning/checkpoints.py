@@ -32,9 +32,9 @@ class CheckpointTime:
 
 
 def checkpoint_size(parameters: ParameterSizes, *, stage: int, precision: Precision, gpus: int) -> CheckpointSize:
-    """By the formulas above; the buffers of the model lie with the module and in model.safetensors."""
-    count, buffers = parameters.count, parameters.buffer_bytes
-    module = 0 if stage == 3 else WEIGHT_BYTES[precision] * count + buffers
+    """By the formulas above; the models save no buffers."""
+    count = parameters.count
+    module = 0 if stage == 3 else WEIGHT_BYTES[precision] * count
     full = 4 * count
     moments, master = 8 * count, 4 * count if stage > 0 else 0
     shards = moments + master

@@ -3,6 +3,7 @@
 A payload is the whole tensor: what an all-reduce sums, what an all-gather ends with, what a reduce-scatter begins with.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -77,20 +78,30 @@ def seconds(kind: Kind, payload: float, gpus: int, cluster: Cluster) -> float:
 
 
 def fit_link(measured: Mapping[float, float], kind: Kind, ranks: int) -> Link:
-    """The link that explains measured seconds by payload of one kind of collective; relative errors are least squared.
+    """The link that explains measured seconds by payload of one kind of collective.
 
-    A latency that would come out negative is zero.
+    Least squares of the logarithms, by repeated weighting, so that small payloads count as much as large ones. A
+    latency that would come out negative is zero.
     """
-    # t = a * hops + b * wire, each equation divided by t.
-    rows = [(hops(kind, ranks) / t, wire_bytes(kind, payload, ranks) / t) for payload, t in measured.items()]
-    aa, ab, bb = (sum(x * y for x, y in pairs) for pairs in _products(rows))
-    a, b = sum(row[0] for row in rows), sum(row[1] for row in rows)
-    determinant = aa * bb - ab * ab
-    latency, inverse = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
-    if latency < 0:
-        latency, inverse = 0.0, b / bb
-    return Link(latency=latency, bandwidth=1 / inverse)
-
-
-def _products(rows: list[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    return [[(x, x) for x, _ in rows], rows, [(y, y) for _, y in rows]]
+    fit = dict(measured)
+    link = Link(latency=0.0, bandwidth=1.0)
+    for _ in range(20):
+        # t = a * hops + b * wire, each equation divided by the geometric mean of t and its last fit.
+        weights = {payload: 1 / math.sqrt(t * fit[payload]) for payload, t in measured.items()}
+        rows = [
+            (
+                weights[payload] * hops(kind, ranks),
+                weights[payload] * wire_bytes(kind, payload, ranks),
+                weights[payload] * t,
+            )
+            for payload, t in measured.items()
+        ]
+        aa, ab, bb = sum(x * x for x, _, _ in rows), sum(x * y for x, y, _ in rows), sum(y * y for _, y, _ in rows)
+        at, bt = sum(x * t for x, _, t in rows), sum(y * t for _, y, t in rows)
+        determinant = aa * bb - ab * ab
+        latency, inverse = (at * bb - bt * ab) / determinant, (bt * aa - at * ab) / determinant
+        if latency < 0:
+            latency, inverse = 0.0, bt / bb
+        link = Link(latency=latency, bandwidth=1 / inverse)
+        fit = {payload: ring_seconds(kind, payload, ranks, link) for payload in measured}
+    return link

@@ -13,9 +13,7 @@ from sgmim_fast.train.optim import parameter_groups
 def parameter_sizes(model: nn.Module) -> ParameterSizes:
     """Of a model before DeepSpeed has it; the groups are those that the optimizer gets."""
     groups = (tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.0))
-    kept = model.state_dict()
-    buffers = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name in kept)
-    return ParameterSizes(tuple(group for group in groups if group), buffers)
+    return ParameterSizes(tuple(group for group in groups if group))
 
 
 def sizes_of(name: str, overrides: dict[str, Any]) -> ParameterSizes:

@@ -16,8 +16,6 @@ class ParameterSizes:
     """Elements of each parameter, in the optimizer's groups."""
 
     groups: tuple[tuple[int, ...], ...]
-    buffer_bytes: int = 0
-    """Of what the state holds beside parameters."""
 
     @property
     def count(self) -> int:

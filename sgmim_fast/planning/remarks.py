@@ -78,7 +78,8 @@ def _stall(inputs: Inputs) -> Callable[[Row], float]:
 
 def _counts(counts: list[int], planned: set[int]) -> str:
     """The GPU counts in words; "64 GPUs or more" where that is all of them."""
-    noun = "GPU" if counts == [1] else "GPUs"
+    if counts == sorted(planned) and len(counts) > 1:
+        return "any number of GPUs"
     if len(counts) > 2 and counts == sorted(count for count in planned if count >= counts[0]):
-        return f"{counts[0]} {noun} or more"
-    return f"{', '.join(map(str, counts))} {noun}"
+        return f"{counts[0]} GPUs or more"
+    return f"{', '.join(map(str, counts))} {'GPU' if counts == [1] else 'GPUs'}"

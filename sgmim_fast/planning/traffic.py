@@ -11,6 +11,7 @@ Stages 1 and 2 do not reduce-scatter: ``use_multi_rank_bucket_allreduce``, which
 partitions of all ranks in one all-reduce, of which each rank keeps its part.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,7 @@ PREFETCHED = 50_000_000  # elements that ZeRO-3 gathers at a time (stage3_prefet
 REUSED = 1_000_000_000  # elements within which ZeRO-3 keeps gathered weights (stage3_max_reuse_distance)
 # Overflow checks and gradient norms of a step, in bytes: latency is all they cost.
 _SCALARS = {0: (4,), 1: (4, 4), 2: (4, 4), 3: (8, 8)}
+_OVERFLOW_FLAG = 1  # bf16 at stages 1 and 2
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,20 @@ class Traffic:
     payload: int
     """Bytes of all of them together."""
     calls: int
-    """How many there are: exact where one bucket takes the whole model, an estimate otherwise."""
+    """How many there are. Exact where one bucket takes the whole model; stages 2 and 3 fill several in the order of the
+    backward pass, which may differ by one from the order here."""
     beside: float = 0.0
     """Share that DeepSpeed can communicate beside computation: all buckets but the last."""
+
+
+def bucket_count(sizes: Iterable[int], bucket_size: int) -> int:
+    """Buckets that parameters fill in turn; one that does not fit begins the next, one larger than any has its own."""
+    buckets, filled = 1, 0
+    for size in sizes:
+        if filled and filled + size > bucket_size:
+            buckets, filled = buckets + 1, 0
+        filled += size
+    return buckets
 
 
 def step_traffic(
@@ -60,9 +73,12 @@ def step_traffic(
     if gpus == 1:
         return []
     width, count = WEIGHT_BYTES[precision], parameters.count
-    buckets = -(-count // (500_000_000 if stage == 0 else bucket_size))
+    buckets = bucket_count(parameters.sizes, 500_000_000 if stage == 0 else bucket_size)
     beside = 0.0 if stage == 0 else 1 - 1 / buckets
-    found = [Traffic("all-reduce", "scalars", size, 1) for size in _SCALARS[stage]]
+    scalars = _SCALARS[stage]
+    if precision == "bf16" and stage in (1, 2):
+        scalars = (_OVERFLOW_FLAG, *scalars)
+    found = [Traffic("all-reduce", "scalars", size, 1) for size in scalars]
     if stage == 3:
         large, small = parameters.partitioned, parameters.persistent
         gathers = max(1, -(-sum(large) // PREFETCHED))
