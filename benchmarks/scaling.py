@@ -1,14 +1,14 @@
 """Hold the calculation of ``sgmim plan`` against measured steps of one and two ranks of this machine's CPU.
 
-    python -m benchmarks.scaling --rounds 12
+    python -m benchmarks.scaling --rounds 24
 
 Two ranks of one thread each communicate through gloo over the loopback device. Measured in turns, round by round: the
 links (seconds of each collective by its size), steps of one rank alone, steps of two single ranks side by side, which
 tells how much two busy cores slow each other down without any communication, and steps of two ranks that train one
 model. The steps of two ranks are then calculated as ``sgmim plan`` does, from the steps side by side and the links:
 the latency and bandwidth of each kind of collective fitted to its own times, because gloo's algorithms differ. Rows go
-to ``benchmarks/results/scaling.jsonl``. Parts wait until other processes leave the machine alone, and are repeated if
-these took more than a share of it meanwhile, as long as ``--patience`` lasts; rows tell what others had in the end.
+to ``benchmarks/results/scaling.jsonl``. On a machine that others use as well, only the quarter of the rounds counts
+during which other processes took least of it, for each thing measured; rows tell how much that still was.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.quiet import Quiet
+from benchmarks.quiet import quietest, watched
 from sgmim_fast.errors import UserError, one_line_errors
 from sgmim_fast.planning.collectives import KINDS, Cluster, Kind, Link, fit_link, ring_seconds
 from sgmim_fast.planning.parameters import ParameterSizes
@@ -46,13 +46,10 @@ RANKS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="of everything")
-    parser.add_argument("--steps", type=int, default=6, help="of each kind a round")
+    parser.add_argument("--rounds", type=int, default=24, help="of everything")
+    parser.add_argument("--steps", type=int, default=3, help="of each kind a round")
     parser.add_argument("--batch", type=int, default=8, help="pairs a rank")
-    parser.add_argument(
-        "--patience", type=float, default=600, help="seconds for waiting until others are idle, and for repetitions"
-    )
-    parser.add_argument("--limit", type=float, default=0.03, help="share of the machine that others may take")
+    parser.add_argument("--keep", type=float, default=0.25, help="share of the rounds, the quietest, that count")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     with one_line_errors():
         measure(parser.parse_args())
@@ -124,51 +121,53 @@ def time_links(pair: list[Worker], kind: Kind) -> dict[int, list[float]]:
 
 @dataclass
 class Times:
-    """Seconds of steps, round by round."""
+    """Seconds of the steps of the rounds that count."""
 
-    passes: list[list[float]] = field(default_factory=list)
-    optimizers: list[list[float]] = field(default_factory=list)
+    passes: list[float]
+    """Forward and backward."""
+    optimizers: list[float]
+    others: float
+    """Most that other processes took of the machine meanwhile."""
 
-    def add(self, answers: list[dict[str, list[float]]]) -> None:
-        self.passes.append([second for answer in answers for second in answer["passes"]])
-        self.optimizers.append([second for answer in answers for second in answer["optimizers"]])
+    @classmethod
+    def of(cls, parts: list[tuple[list[dict[str, list[float]]], float]], keep: float) -> "Times":
+        kept = quietest(parts, keep)
+        answers = [answer for part, _ in kept for answer in part]
+        return cls(
+            [second for answer in answers for second in answer["passes"]],
+            [second for answer in answers for second in answer["optimizers"]],
+            kept[-1][1],
+        )
 
-    def steps(self) -> list[list[float]]:
-        return [
-            [a + b for a, b in zip(*parts, strict=True)] for parts in zip(self.passes, self.optimizers, strict=True)
-        ]
-
-
-def flat(rounds: list[list[float]]) -> list[float]:
-    return [second for part in rounds for second in part]
+    @property
+    def steps(self) -> list[float]:
+        return [a + b for a, b in zip(self.passes, self.optimizers, strict=True)]
 
 
 def measure(options: argparse.Namespace) -> None:
     """Everything, then a row for each kind of collective and each stage."""
     rows = harness.Rows(options.output, torch.device("cpu"))
-    links: dict[Kind, dict[int, list[float]]] = {kind: {payload: [] for payload in PAYLOADS} for kind in KINDS}
-    alone, side, joined = ([Times() for _ in STAGES] for _ in range(3))
+    links: dict[Kind, list[Any]] = {kind: [] for kind in KINDS}
+    alone, side, joined = ([[] for _ in STAGES] for _ in range(3))  # type: tuple[list[list[Any]], ...]
     with ExitStack() as stack:
         groups = [stack.enter_context(workers(ranks, options.batch)) for ranks in (1, 1, RANKS)]
         for worker in (first for group in groups for first in group):
             sizes = worker.answer()["parameters"]
         (single, other), pair = [group[0] for group in groups[:2]], groups[2]
-        parameters = ParameterSizes(tuple(map(tuple, sizes)))
         pids = [worker.process.pid for group in groups for worker in group]
-        quiet = Quiet(pids, limit=options.limit, patience=options.patience)
+        parameters = ParameterSizes(tuple(map(tuple, sizes)))
         for number in range(options.rounds):
             for kind in KINDS:
-                for payload, seconds in quiet.measure(partial(time_links, pair, kind)).items():
-                    links[kind][payload] += seconds
+                links[kind].append(watched(partial(time_links, pair, kind), pids))
             for stage in STAGES:
                 order = {"do": "steps", "stage": stage, "count": options.steps}
-                alone[stage].add(quiet.measure(partial(together, [single], **order)))
-                side[stage].add(quiet.measure(partial(together, [single, other], **order)))
-                joined[stage].add(quiet.measure(partial(together, pair, **order)))
-            print(f"round {number + 1} of {options.rounds}: {quiet.repeated} parts repeated so far", flush=True)
+                for found, group in ((alone, [single]), (side, [single, other]), (joined, pair)):
+                    found[stage].append(watched(partial(together, group, **order), pids))
+            print(f"round {number + 1} of {options.rounds}", flush=True)
         counts = [together(pair, do="count", stage=stage)[0] for stage in STAGES]
-    fitted = {kind: record_link(rows, kind, links[kind]) for kind in KINDS}
+    fitted = {kind: record_link(rows, kind, quietest(links[kind], options.keep)) for kind in KINDS}
     for stage in STAGES:
+        times = [Times.of(parts[stage], options.keep) for parts in (alone, side, joined)]
         row = {
             "benchmark": "scaling",
             "part": "step",
@@ -181,23 +180,23 @@ def measure(options: argparse.Namespace) -> None:
             "ranks": RANKS,
             "threads_a_rank": 1,
             "rounds": options.rounds,
-            "steps": options.rounds * options.steps,
-            "others_share_p50": median(quiet.shares),
-            "others_share_max": max(quiet.shares),
-            "parts_repeated": quiet.repeated,
-            **compare(stage, parameters, fitted, alone, side, joined),
+            "rounds_kept": len(quietest(joined[stage], options.keep)),
+            "steps_kept": len(times[2].steps) // RANKS,
+            "others_share": max(part.others for part in times),
+            **compare(stage, parameters, fitted, *times, stage_0=Times.of(side[0], options.keep)),
             **compare_bytes(counts[stage], parameters, stage),
         }
         rows.append(row)
         print(
             f"ZeRO {stage}: {row['measured_seconds'] * 1e3:.1f} ms measured, {row['predicted_seconds'] * 1e3:.1f} "
-            f"predicted ({row['relative_error']:+.1%}), from stage 0 alone {row['relative_error_from_stage_0']:+.1%}; "
-            f"bytes {row['counted_bytes']} counted, {row['predicted_bytes']} predicted"
+            f"predicted ({row['relative_error']:+.1%}), from stage 0 alone {row['relative_error_from_stage_0']:+.1%}, "
+            f"others took {row['others_share']:.0%}; bytes {row['counted_bytes'] == row['predicted_bytes']}"
         )
 
 
-def record_link(rows: harness.Rows, kind: Kind, seconds: dict[int, list[float]]) -> Link:
+def record_link(rows: harness.Rows, kind: Kind, parts: list[tuple[dict[int, list[float]], float]]) -> Link:
     """Fit one kind of collective to the medians of its times."""
+    seconds = {payload: [second for part, _ in parts for second in part[payload]] for payload in PAYLOADS}
     medians = {payload: median(times) for payload, times in seconds.items()}
     link = fit_link(medians, kind, RANKS)
     fit = {payload: ring_seconds(kind, payload, RANKS, link) for payload in medians}
@@ -208,6 +207,8 @@ def record_link(rows: harness.Rows, kind: Kind, seconds: dict[int, list[float]])
             "kind": kind,
             "backend": "gloo, loopback",
             "ranks": RANKS,
+            "rounds_kept": len(parts),
+            "others_share": parts[-1][1],
             "latency_seconds": link.latency,
             "bytes_per_second": link.bandwidth,
             "payload_bytes": list(medians),
@@ -243,34 +244,27 @@ def compare(
     stage: int,
     parameters: ParameterSizes,
     fitted: dict[Kind, Link],
-    alone: list[Times],
-    side: list[Times],
-    joined: list[Times],
+    alone: Times,
+    side: Times,
+    joined: Times,
+    *,
+    stage_0: Times,
 ) -> dict[str, Any]:
     """Predicted and measured seconds of a stage: from its own single-rank steps, and from those of stage 0."""
 
-    def seconds(source: int, number: int | None = None) -> tuple[float, float]:
-        times = side[source]
-        passes, optimizers = (
-            (flat(times.passes), flat(times.optimizers))
-            if number is None
-            else (times.passes[number], times.optimizers[number])
-        )
-        return predicted(stage, parameters, fitted, median(passes), median(optimizers))
+    def seconds(times: Times) -> tuple[float, float]:
+        return predicted(stage, parameters, fitted, median(times.passes), median(times.optimizers))
 
-    steps = joined[stage].steps()
-    p20, p50, p80 = harness.percentiles(flat(steps))
-    total, communication = seconds(stage)
-    from_stage_0, _ = seconds(0)
-    errors = [seconds(stage, number)[0] / median(part) - 1 for number, part in enumerate(steps)]
-    low, _, high = harness.percentiles(errors)
-    single, busy = median(flat(alone[stage].steps())), median(flat(side[stage].steps()))
+    p20, p50, p80 = harness.percentiles(joined.steps)
+    total, communication = seconds(side)
+    from_stage_0, _ = seconds(stage_0)
+    single, busy = median(alone.steps), median(side.steps)
     return {
         "alone_seconds": single,
         "side_by_side_seconds": busy,
         "side_by_side_slowdown": busy / single,
-        "side_by_side_pass_seconds": median(flat(side[stage].passes)),
-        "side_by_side_optimizer_seconds": median(flat(side[stage].optimizers)),
+        "side_by_side_pass_seconds": median(side.passes),
+        "side_by_side_optimizer_seconds": median(side.optimizers),
         "predicted_communication_seconds": communication,
         "predicted_seconds": total,
         "predicted_seconds_from_stage_0": from_stage_0,
@@ -279,8 +273,6 @@ def compare(
         "p80_seconds": p80,
         "relative_error": total / p50 - 1,
         "relative_error_from_stage_0": from_stage_0 / p50 - 1,
-        "round_relative_error_p20": low,
-        "round_relative_error_p80": high,
         # What a plan without communication would say: the error that the model of communication has to remove.
         "relative_error_without_communication": (total - communication) / p50 - 1,
         "efficiency_measured": single / p50,
