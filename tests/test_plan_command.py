@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.scaling_table import markdown
 from sgmim_fast.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -194,3 +195,13 @@ def test_documentation_shows_what_the_command_prints(capsys: pytest.CaptureFixtu
     for words, printed in examples:
         shown = [line[4:] for line in printed.rstrip().splitlines()]
         assert shown == plan(capsys, *shlex.split(words)).rstrip().splitlines(), f"run it again: sgmim plan {words}"
+
+
+def test_documentation_shows_what_was_measured() -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    lines = (ROOT / "benchmarks" / "results" / "scaling.jsonl").read_text().splitlines()
+    measured = [json.loads(line) for line in lines]
+    table = markdown(measured)
+    assert len(table) == 2 + 4
+    assert "\n".join(table) in text
+    assert all(row["counted_bytes"] == row["predicted_bytes"] for row in measured if row["part"] == "step")
