@@ -1,4 +1,4 @@
-"""Print what docs/scaling.md shows of the newest run of ``benchmarks.scaling``.
+"""Print the table of docs/scaling.md: every run of ``benchmarks.scaling`` that is recorded, the good and the bad.
 
 python -m benchmarks.scaling_table
 """
@@ -15,41 +15,50 @@ from sgmim_fast.models.registry import create_model
 from sgmim_fast.planning.model_sizes import parameter_sizes
 from sgmim_fast.planning.traffic import step_traffic
 
+TITLES = ("run", "others", "ZeRO", "alone", "side by side", "communication", "predicted", "measured", "error",
+          "from stage 0's", "links as measured", "without communication")  # fmt: skip
+
 
 def main() -> None:
     print("\n".join(markdown([json.loads(line) for line in RESULTS.read_text().splitlines()])))
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
-    """The table of docs/scaling.md, of the newest run among ``rows``.
+    """Lines of the table.
 
-    Its last but one column takes the measured times of collectives as they are, between two sizes in proportion, where
-    the prediction has a straight line: it tells what of the error is that line's.
+    "links as measured" takes the measured times of collectives as they are, between two sizes in proportion, where the
+    prediction has a straight line: it tells what of the error is that line's.
     """
-    last = rows[-1]["environment"]["started"]
-    rows = [row for row in rows if row["environment"]["started"] == last]
-    steps = [row for row in rows if row["part"] == "step"]
-    links = {row["kind"]: row for row in rows if row["part"] == "link"}
-    with torch.device("meta"):
-        parameters = parameter_sizes(create_model(ModelConfig(**steps[0]["model"])))
-    titles = ("ZeRO", "alone", "side by side", "communication", "predicted", "measured", "error", "from stage 0's",
-              "links as measured", "without communication")  # fmt: skip
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for row in steps:
-        stage, measured = row["zero_stage"], row["measured_seconds"]
-        traffic = step_traffic(parameters, stage=stage, precision="fp32", gpus=RANKS)
-        computation = row["predicted_seconds"] - row["predicted_communication_seconds"]
-        as_measured = sum(part.calls * interpolated(links[part.kind], part.payload / part.calls) for part in traffic)
-        names = ("alone", "side_by_side", "predicted_communication", "predicted", "measured")
-        times = [f"{row[f'{name}_seconds'] * 1e3:.0f} ms" for name in names]
-        errors = (
-            row["relative_error"],
-            row["relative_error_from_stage_0"],
-            (computation + as_measured) / measured - 1,
-            row["relative_error_without_communication"],
-        )
-        lines.append(f"| {' | '.join([str(stage), *times, *(f'{error:+.0%}' for error in errors)])} |")
+    lines = [f"| {' | '.join(TITLES)} |", "|" + "---|" * len(TITLES)]
+    runs = list(dict.fromkeys(row["environment"]["started"] for row in rows))
+    for number, started in enumerate(runs, 1):
+        own = [row for row in rows if row["environment"]["started"] == started]
+        links = {row["kind"]: row for row in own if row["part"] == "link"}
+        lines += [_line(number, row, links) for row in own if row["part"] == "step"]
     return lines
+
+
+def _line(number: int, row: dict[str, Any], links: dict[str, dict[str, Any]]) -> str:
+    with torch.device("meta"):
+        parameters = parameter_sizes(create_model(ModelConfig(**row["model"])))
+    traffic = step_traffic(parameters, stage=row["zero_stage"], precision="fp32", gpus=RANKS)
+    as_measured = sum(part.calls * interpolated(links[part.kind], part.payload / part.calls) for part in traffic)
+    computation = row["predicted_seconds"] - row["predicted_communication_seconds"]
+    names = ("alone", "side_by_side", "predicted_communication", "predicted", "measured")
+    errors = (
+        row["relative_error"],
+        row["relative_error_from_stage_0"],
+        (computation + as_measured) / row["measured_seconds"] - 1,
+        row["relative_error_without_communication"],
+    )
+    cells = [
+        str(number),
+        f"{row['others_share']:.0%}",
+        str(row["zero_stage"]),
+        *(f"{row[f'{name}_seconds'] * 1e3:.0f} ms" for name in names),
+        *(f"{error:+.0%}" for error in errors),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def interpolated(link: dict[str, Any], payload: float) -> float:
