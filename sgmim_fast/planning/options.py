@@ -16,7 +16,7 @@ DESCRIPTION = (
     "holds the run up. Nothing is run. Formulas and how far they can be trusted: docs/scaling.md."
 )
 EPILOG = (
-    "examples: sgmim plan --row benchmarks/results/train_step.jsonl:12 --gpus 8 64 --inter-node 3200;  "
+    "examples: sgmim plan --row benchmarks/results/train_step.jsonl:2 --gpus 8 64 --inter-node 3200;  "
     "sgmim plan --images-per-second 1500 --batch 128 --model sgmim_swin_base --stages 1 --price 3"
 )
 _HELP = {
