@@ -111,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = command("doctor", _doctor, "Say what this machine has, which choices run on it, and why others do not.")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
 
+    plan = command("plan", _plan, "Calculate a run on many GPUs from one measured: time, memory, data, hours, cost.")
+    from sgmim_fast.planning.options import add_options
+
+    add_options(plan)
+
     demo = command("demo", _demo, "Render scenes, pre-train a small Swin on two ranks, report, export: some minutes.")
     demo.add_argument("--count", type=int, default=1500, help="scenes to render")
     demo.add_argument("--steps", type=int, help="stop training after this many steps (default: the recipe's epochs)")
@@ -283,6 +288,18 @@ def _doctor(arguments: argparse.Namespace) -> None:
     else:
         show(found)
     raise SystemExit(1 if found.problems else 0)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from sgmim_fast.planning.options import inputs_from
+    from sgmim_fast.planning.output import show, to_json
+    from sgmim_fast.planning.plan import make_plan
+
+    plan = make_plan(inputs_from(arguments))
+    if "json" in arguments:
+        print(to_json(plan))
+    else:
+        show(plan)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     ("tasks",),
     ("train",),
     # sgmim_fast is the package's own __init__
-    (PACKAGE, "timm", "pretrain", "finetune", "report", "doctor", "launching"),
+    (PACKAGE, "timm", "pretrain", "finetune", "report", "doctor", "launching", "planning"),
     ("cli",),
 )
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}

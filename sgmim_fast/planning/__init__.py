@@ -1,0 +1,1 @@
+"""What a run on many GPUs would take, calculated from one measured GPU (``sgmim plan``, docs/scaling.md)."""
