@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks import memory
+from tests.test_models import tiny
+
 ROOT = Path(__file__).parents[1]
 TINY = ["image_size=64", "embed_dim=8", "depths=(1,1,1,1)", "num_heads=(1,1,1,1)", "window_size=4"]
 
@@ -43,3 +48,18 @@ def test_a_backend_that_cannot_run_is_not_measured(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert "triton" in done.stderr
     assert not output.exists()
+
+
+def test_memory_records_a_row_for_each_choice_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(memory.MODELS, "tiny", tiny("vit", depths=(3,)))
+    output = tmp_path / "rows.jsonl"
+    words = ["memory", "--model", "tiny", "--stages", "none", "0", "--steps", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*words, "--output", str(output)])
+    memory.main()
+    kept, again = (json.loads(line) for line in output.read_text().splitlines())
+    assert (kept["activation_checkpointing"], again["activation_checkpointing"]) == ([], [0])
+    assert again["activation_bytes"] < kept["activation_bytes"]
+    for row in (kept, again):
+        assert row["gradients_equal"]
+        assert row["estimated_step_memory_bytes"] == row["step_memory_bytes"]
+        assert {"commit", "torch", "cpu", "command"} <= row["environment"].keys()
