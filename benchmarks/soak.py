@@ -33,6 +33,7 @@ from typing import Any
 import psutil
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 
 from benchmarks import harness
 from sgmim_fast.data.scenes.synthetic import render_dataset
@@ -251,9 +252,10 @@ def compare(run: Run, undisturbed: Run, steps: int) -> None:
         for name in SAME:
             if ours[step][name] != theirs[step][name]:
                 raise UserError(f"{name} of step {step} is {ours[step][name]}, undisturbed it is {theirs[step][name]}")
-    last = [one.saved()[steps] / WEIGHTS for one in (run, undisturbed)]
-    if last[0].read_bytes() != last[1].read_bytes():
-        raise UserError("the last weights differ")
+    ours_last, theirs_last = (load_file(one.saved()[steps] / WEIGHTS) for one in (run, undisturbed))
+    for name, value in theirs_last.items():
+        if not torch.equal(ours_last[name], value):
+            raise UserError(f"{name} of the last weights differs")
 
 
 if __name__ == "__main__":
