@@ -18,7 +18,7 @@ ASSUMED: dict[str, Assumption] = {
     "inter_latency": Assumption(10, "us a hop", "round figure"),
     "gpus_per_node": Assumption(8, "GPUs", "the usual H100 node"),
     "memory_bandwidth": Assumption(3350, "GB/s", "H100 SXM data sheet"),
-    "overlap": Assumption(0, "", "train.overlap_comm is off unless asked for"),
+    "overlap": Assumption(0, "", "as with train.overlap_comm off"),
     "bucket_size": Assumption(500_000_000, "elements", "default of train.bucket_size"),
     "accumulation": Assumption(1, "micro-steps", "default of train.accumulation_steps"),
     "images": Assumption(1_281_167, "pairs", "the training images of ImageNet-1k"),
