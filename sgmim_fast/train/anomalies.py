@@ -54,7 +54,7 @@ class SkippedSteps:
                 "step": step,
                 "epoch": epoch,
                 "rank": rank,
-                "loss": loss if math.isfinite(loss := float(micro.out.loss.detach())) else str(loss),
+                "loss": loss if math.isfinite(loss := float(micro.out.loss)) else str(loss),
                 "samples": micro.batch["index"].tolist(),
                 "samples_not_finite": _not_finite(micro.batch),
             }
@@ -86,9 +86,7 @@ class SkippedSteps:
         folder = self._run / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         if len(list(folder.glob(f"*_rank{distributed.get_rank()}_*"))) < _DUMPS:
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in batch.items()}, folder / f"{name}.safetensors"
-            )
+            save_file({key: value.contiguous() for key, value in batch.items()}, folder / f"{name}.safetensors")
 
 
 def _not_finite(batch: Mapping[str, Tensor]) -> list[int]:
@@ -97,7 +95,7 @@ def _not_finite(batch: Mapping[str, Tensor]) -> list[int]:
     bad = torch.zeros(len(index), dtype=torch.bool)
     for name in ("image", "structure"):
         if name in batch:
-            bad |= ~torch.isfinite(batch[name]).flatten(1).all(1).cpu()
+            bad |= ~torch.isfinite(batch[name]).flatten(1).all(1)
     return [int(i) for i, is_bad in zip(index.tolist(), bad.tolist(), strict=True) if is_bad]
 
 

@@ -33,9 +33,9 @@ class MicroStep(NamedTuple):
     """What a forward and backward pass saw and gave."""
 
     batch: Batch
-    """On the training's device."""
+    """What of it is in the host's memory: all of it, unless DALI made it on a GPU, where room is dear."""
     out: PretrainOutput
-    """Of the same tensors as in training: without a graph after the backward pass."""
+    """Without a graph."""
 
 
 class Step(NamedTuple):
@@ -116,15 +116,14 @@ class Trainer:
             beat(f"waiting for a batch of step {number + 1}")
             before = time.perf_counter()
             with span("data"):
-                batch = next(batches)
+                loaded = next(batches)
             waited += time.perf_counter() - before
             beat(f"computing step {number + 1}")
             with span("forward"):
-                batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-                out = self.engine(batch)
+                out = self.engine({name: value.to(self.device, non_blocking=True) for name, value in loaded.items()})
             with span("backward"):
                 self.engine.backward(_poisoned_unless_finite(out.loss))
-            micro_steps.append(MicroStep(batch, out))
+            micro_steps.append(MicroStep(_on_host(loaded), _detached(out)))
             taken = True
             if self.config.train.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
                 # Stage 0 clips without telling the norm, and would take the step whatever the norm is.
@@ -142,6 +141,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+
+def _on_host(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if not value.is_cuda}
+
+
+def _detached(out: PretrainOutput) -> PretrainOutput:
+    structure = None if out.structure_loss is None else out.structure_loss.detach()
+    return PretrainOutput(out.loss.detach(), out.image_loss.detach(), structure)
 
 
 @contextmanager
