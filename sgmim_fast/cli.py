@@ -251,6 +251,10 @@ def _pretrain(argv: Sequence[str]) -> int:
 
         dry_run(config, count)
         return 0
+    if torch.cuda.is_available() and count > torch.cuda.device_count():
+        raise UserError(
+            f"--num-gpus {count} is more than the {torch.cuda.device_count()} GPU(s) that are to be seen here"
+        )
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")

@@ -35,11 +35,13 @@ PACKAGES = (
     ("safetensors", "safetensors.torch", True),
     ("tyro", "tyro", True),
     ("PyYAML", "yaml", True),
+    ("psutil", "psutil", True),
     ("rich", "rich.progress", True),
     ("TensorBoard", "torch.utils.tensorboard", True),
     ("timm", "timm", False),
     ("DALI", "nvidia.dali", False),
     ("xformers", "xformers.ops", False),
+    ("Weights & Biases", "wandb", False),
 )
 # Those that do not tell their version themselves, by the name they are installed under.
 INSTALLED_AS = {"Pillow": "pillow", "PyYAML": "pyyaml", "TensorBoard": "tensorboard", "safetensors": "safetensors"}

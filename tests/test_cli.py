@@ -1,5 +1,7 @@
 """``sgmim`` from a shell: the demo in small, and refusals in one line."""
 
+import base64
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sgmim_fast.cli import main
+from sgmim_fast.launching import launch
 from tests.verify_cases import cut, write_pairs
 
 
@@ -102,3 +105,35 @@ def test_shard_then_report_what_was_left_out(tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert "3 pairs in 1 shards" in out
     assert "1 bad pairs were left out" in out
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The launcher would make GPUs visible that CUDA_VISIBLE_DEVICES hides."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "--num-gpus", "3", "--recipe", "demo"])
+    assert stop.value.code == 2
+    assert "--num-gpus 3 is more than the 2 GPU(s)" in capsys.readouterr().err
+
+
+def test_devices_that_are_named_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    class Launched:
+        pid = -1
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            commands.append(command)
+
+        def wait(self) -> int:
+            return -9
+
+    monkeypatch.setattr(subprocess, "Popen", Launched)
+    environment = {"CUDA_VISIBLE_DEVICES": "2,GPU-17,5", "MASTER_PORT": "1234"}
+    assert launch("some.module", ["--word"], ranks=2, environment=environment) == 137
+    (command,) = commands
+    assert command[-3:] == ["--module", "some.module", "--word"]
+    assert "--master_port=1234" in command
+    world = next(word for word in command if word.startswith("--world_info="))
+    assert json.loads(base64.urlsafe_b64decode(world.removeprefix("--world_info="))) == {"localhost": ["2", "GPU-17"]}
