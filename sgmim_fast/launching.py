@@ -14,8 +14,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from uuid import uuid4
 
 import psutil
+
+from sgmim_fast.train.stopping import MARK
 
 _LIBC = ctypes.CDLL(None)
 _SET_SIGNAL_OF_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
@@ -29,6 +32,9 @@ def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: di
     named = [word for word in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
     devices = named[:ranks] if len(named) >= ranks else list(range(ranks))
     command = launcher_command(module, arguments, devices, environment.get("MASTER_PORT") or free_port())
+    environment = environment | {
+        MARK: uuid4().hex
+    }  # by which ranks know their launcher, even if it ends before they look
     # In a session of its own the launcher does not hear the terminal's Ctrl-C, which would end the ranks in its way.
     launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
 

@@ -2,13 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sgmim_fast.errors import UserError
 from sgmim_fast.train import stopping, universal
-from sgmim_fast.train.stopping import LAUNCHED, StopRequest
+from sgmim_fast.train.stopping import LAUNCHED, MARK, StopRequest
 
 
 def test_a_sigterm_is_noted_as_often_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +35,21 @@ def test_a_launcher_that_is_gone_asks_to_stop_and_a_shell_does_not(
     assert not stop.here
     monkeypatch.setattr(stopping.os, "getppid", lambda: 1)
     assert stop.here == launched
+
+
+def test_a_launcher_that_was_gone_before_anyone_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes its place does not have the mark that `sgmim pretrain` gave both."""
+    monkeypatch.setenv(LAUNCHED, "0")
+    assert not StopRequest().here
+    monkeypatch.setenv(MARK, "some run")
+    assert StopRequest().here
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        launcher.stdout.readline()
+        monkeypatch.setattr(stopping.os, "getppid", lambda: launcher.pid)
+        assert not StopRequest().here
+        launcher.kill()
 
 
 def test_what_is_no_checkpoint_is_not_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

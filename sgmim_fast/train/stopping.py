@@ -2,11 +2,14 @@
 
 import os
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 LAUNCHED = "LOCAL_RANK"
 """Every launcher tells its processes this; without it, the parent is a shell that may well end before the run."""
+MARK = "SGMIM_LAUNCH"
+"""Of `sgmim pretrain`, in the environment of its launcher and of the ranks."""
 
 
 class StopRequest:
@@ -18,6 +21,8 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked = False
         self._launcher = os.getppid() if LAUNCHED in os.environ else None
+        if not _started_by(os.getppid()):
+            self._launcher = -1  # it has ended already
         self._before: Any = signal.SIG_DFL
 
     def __enter__(self) -> Self:
@@ -36,3 +41,14 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+
+def _started_by(process: int) -> bool:
+    """Whether ``process`` may have started this one: it has the same mark, or there is none to look for."""
+    mark = os.environ.get(MARK)
+    if mark is None:
+        return True
+    try:
+        return f"{MARK}={mark}".encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return True
