@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -39,25 +40,24 @@ class Engine:
         bucket_size: int | None = None,
     ) -> None:
         """Joined ranks make theirs together; ``batch`` is in pairs a micro-step and rank."""
-        config = PretrainConfig(
-            model=model,
-            train=TrainConfig(
-                batch_size=batch,
-                accumulation_steps=accumulation,
-                zero_stage=stage,  # type: ignore[arg-type]
-                precision=precision,  # type: ignore[arg-type]
-            ),
+        train = TrainConfig(
+            batch_size=batch,
+            accumulation_steps=accumulation,
+            zero_stage=stage,  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]
         )
+        if bucket_size is not None:
+            train = replace(train, bucket_size=bucket_size)
+        config = PretrainConfig(model=model, train=train)
         device = torch.device("cpu")
         torch.manual_seed(0)
         self.stage, self.accumulation = stage, accumulation
         self.task = PretrainTask(model, "auto", "auto", "torch", device)
         self.sizes: ParameterSizes = parameter_sizes(self.task.model)
-        options: dict[str, Any] = deepspeed_config(config)
-        if bucket_size is not None:
-            options["zero_optimization"]["reduce_bucket_size"] = bucket_size
         optimizer = build_optimizer(self.task, config.optimizer, device)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.task, optimizer=optimizer, config=options)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.task, optimizer=optimizer, config=deepspeed_config(config)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-5
         self.batch = noise(model, batch)

@@ -153,15 +153,15 @@ def test_the_optimizer_is_shared_from_stage_1_on() -> None:
     ("stage", "precision", "expected"),
     [
         (0, "fp32", (4, 4, 8, 4)),
-        (1, "fp32", (4, 4, 3, 4 * 5)),
-        (1, "bf16", (2, 2, 3, 2 * 5)),
+        (1, "fp32", (4, 1, 3, 4 * 5)),
+        (1, "bf16", (2, 0.5, 3, 2 * 5)),
         (2, "bf16", (2, 0.5, 3, 2 * 5)),
         (3, "bf16", (0.5 + 2, 0.5, 3, 2 * 5)),
     ],
 )
 def test_memory_of_weights_gradients_and_optimizer(stage: int, precision: str, expected: tuple[float, ...]) -> None:
     """A million parameters on four GPUs, a bucket of five million."""
-    million = ParameterSizes(((1_000_000,),))
+    million = ParameterSizes(((250_000,) * 4,))
     found = state_memory(million, stage=stage, precision=precision, gpus=4, bucket_size=5_000_000)  # type: ignore[arg-type]
     parts = (found.weights, found.gradients, found.optimizer, found.buckets)
     assert parts == pytest.approx([part * 1e6 for part in expected])

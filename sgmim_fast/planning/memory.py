@@ -1,36 +1,25 @@
-"""Bytes that a GPU holds for weights, gradients and optimizer state, whatever the batch; activations come on top.
-
-With N parameters, W ranks, and w bytes a weight (fp32 4, bf16 2), as DeepSpeed 0.19 allocates them:
-
-| stage | weights | gradients | optimizer | buckets |
-|---|---|---|---|---|
-| 0 | wN | wN | 8N | wN: all gradients side by side while they are summed |
-| 1 | wN | wN | 12N/W | w x bucket size |
-| 2 | wN | wN/W | 12N/W | w x bucket size |
-| 3 | wN/W, and what is gathered | wN/W | 12N/W | w x bucket size |
-
-The 12 bytes are an fp32 copy of the weights, kept in fp32 runs as well, and AdamW's two moments. Overlapped
-communication (stages 1 and 2) takes two buckets. Stage 3 gathers up to 1e9 weights before it lets any go: of smaller
-models each rank holds all for most of a step.
-"""
+"""Bytes that a GPU holds for weights, gradients and optimizer state, whatever the batch; activations come on top."""
 
 from dataclasses import dataclass
 
-from sgmim_fast.planning.parameters import WEIGHT_BYTES, ParameterSizes, Precision
-from sgmim_fast.planning.traffic import REUSED
+from sgmim_fast.config import TrainConfig
+from sgmim_fast.planning.parameters import ParameterSizes, Precision
+from sgmim_fast.train.zero_layout import zero_layout
 
 
 @dataclass(frozen=True)
 class StateMemory:
     """Bytes a GPU at their peak."""
 
-    weights: float
-    gradients: float
-    optimizer: float
-    buckets: float
+    weights: int
+    """As stored, and for ZeRO-3 what is gathered for use."""
+    gradients: int
+    optimizer: int
+    """AdamW's two moments, and the fp32 weights that it steps."""
+    buckets: int
 
     @property
-    def total(self) -> float:
+    def total(self) -> int:
         """All of them."""
         return self.weights + self.gradients + self.optimizer + self.buckets
 
@@ -44,14 +33,14 @@ def state_memory(
     bucket_size: int = 500_000_000,
     overlap: bool = False,
 ) -> StateMemory:
-    """By the table above; padding, below a kilobyte a rank and parameter, is left out."""
-    width, count = WEIGHT_BYTES[precision], parameters.count
-    whole = width * count
-    if stage == 0:
-        return StateMemory(whole, whole, 8 * count, whole if gpus > 1 else 0)
-    optimizer = 12 * count / gpus
-    bucket = width * bucket_size * (2 if overlap and stage < 3 else 1)
-    if stage < 3:
-        return StateMemory(whole, whole / (gpus if stage == 2 else 1), optimizer, bucket)
-    gathered = width * min(count, REUSED)
-    return StateMemory(whole / gpus + (gathered if gpus > 1 else 0), whole / gpus, optimizer, bucket)
+    """What ``zero_layout`` says of a run with these settings."""
+    train = TrainConfig(
+        zero_stage=stage,  # type: ignore[arg-type]
+        precision=precision,
+        bucket_size=bucket_size,
+        overlap_comm="on" if overlap and stage > 0 else "off",
+    )
+    layout = zero_layout(train, parameters.groups, gpus)
+    return StateMemory(
+        layout.weights + layout.gathered, layout.gradients, layout.optimizer + layout.master, layout.buckets
+    )

@@ -15,12 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from sgmim_fast.config import TrainConfig
 from sgmim_fast.planning.collectives import Cluster, Kind, seconds
 from sgmim_fast.planning.parameters import WEIGHT_BYTES, ParameterSizes, Precision, padded
+from sgmim_fast.train.deepspeed_settings import zero_settings
 
 ALIGNMENT = 2  # elements a rank to which stages 1 and 2 fill up each group (nccl_start_alignment_factor)
-PREFETCHED = 50_000_000  # elements that ZeRO-3 gathers at a time (stage3_prefetch_bucket_size)
-REUSED = 1_000_000_000  # elements within which ZeRO-3 keeps gathered weights (stage3_max_reuse_distance)
 # Overflow checks and gradient norms of a step, in bytes: latency is all they cost.
 _SCALARS = {0: (4,), 1: (4, 4), 2: (4, 4), 3: (8, 8)}
 _OVERFLOW_FLAG = 1  # bf16 at stages 1 and 2
@@ -68,7 +68,8 @@ def step_traffic(
         precision: of the weights.
         gpus: ranks.
         accumulation: micro-steps an optimizer step.
-        bucket_size: gradient elements that one collective takes (``train.bucket_size``; stage 0 has its own).
+        bucket_size: gradient elements that one collective takes (``train.bucket_size``; stage 0 has its own,
+            stage 3 also gathers weights by it).
     """
     if gpus == 1:
         return []
@@ -81,9 +82,10 @@ def step_traffic(
     found = [Traffic("all-reduce", "scalars", size, 1) for size in scalars]
     if stage == 3:
         large, small = parameters.partitioned, parameters.persistent
-        gathers = max(1, -(-sum(large) // PREFETCHED))
-        # Weights are let go between forward and backward only if more than REUSED elements lie between their uses.
-        again = max(0, count - REUSED // 2) / count
+        settings = zero_settings(TrainConfig(zero_stage=3, bucket_size=bucket_size))
+        gathers = max(1, -(-sum(large) // settings["stage3_prefetch_bucket_size"]))
+        # Weights are let go between forward and backward if so many elements lie between their uses.
+        again = max(0, count - settings["stage3_max_reuse_distance"] // 2) / count
         gathered = round(width * accumulation * padded(large, gpus) * (1 + again))
         if large:
             found.append(Traffic("all-gather", "weights", gathered, gathers * accumulation, beside=1 - 1 / gathers))

@@ -13,7 +13,7 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.batch_size,
         "gradient_accumulation_steps": config.train.accumulation_steps,
         "gradient_clipping": config.optimizer.clip_grad_norm,
-        # Steps whose gradient is not finite are then skipped, as in fp32.
+        # Steps whose gradient is not finite are skipped, as in fp32; so does DeepSpeed unless told otherwise.
         "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
         "zero_optimization": zero_settings(config.train),
         "zero_allow_untested_optimizer": True,
