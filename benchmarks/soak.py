@@ -138,7 +138,7 @@ def soak(options: argparse.Namespace) -> None:
     ):
         data = Path(temporary) / "scenes"
         render_dataset(data, count=96, size=64, seed=0, workers=2)
-        shared = set(os.listdir("/dev/shm"))
+        shared = abandoned()
         undisturbed, run = (Run(data, Path(temporary) / name, options) for name in ("undisturbed", "killed"))
         if undisturbed.start().wait():
             raise UserError(f"the undisturbed run failed: {undisturbed.folder}.log")
@@ -237,8 +237,20 @@ def leftovers(run: Run, shared: set[str]) -> None:
         if time.monotonic() > deadline:
             raise UserError(f"processes are left: {[process.pid for process in left]}")
         time.sleep(0.1)
-    if more := set(os.listdir("/dev/shm")) - shared:
+    if more := abandoned() - shared:
         raise UserError(f"files are left in /dev/shm: {sorted(more)}")
+
+
+def abandoned() -> set[str]:
+    """Files in /dev/shm that no process has in its memory: other programs on the machine may use theirs."""
+    names = set(os.listdir("/dev/shm"))
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            text = maps.read_text()
+        except OSError:
+            continue
+        names -= {name for name in names if f"/dev/shm/{name}" in text}
+    return {name for name in names if Path("/dev/shm", name).exists()}
 
 
 def compare(run: Run, undisturbed: Run, steps: int) -> None:
