@@ -227,8 +227,8 @@ def test_a_damaged_checkpoint_is_passed_over(two_ranks: Path, pairs: Path, tmp_p
         assert torch.equal(weights(output, 6)[name], value), name
 
 
-def test_resume_on_another_number_of_ranks(two_ranks: Path, pairs: Path) -> None:
+def test_another_number_of_pairs_a_step_is_refused(two_ranks: Path, pairs: Path) -> None:
     refuse(
-        [*arguments(pairs, two_ranks, train__max_steps=9, train__batch_size=4), "--resume", "auto"],
-        "world_size = 2, this run has 1",
+        [*arguments(pairs, two_ranks, train__max_steps=9), "--resume", "auto"],
+        "with 4 pairs a step, this run has 2 (1 rank(s) x --train.batch-size 2 x --train.accumulation-steps 1)",
     )
