@@ -2,14 +2,15 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -143,11 +144,15 @@ def refuse(words: list[str], message: str) -> None:
 
 
 def kill_after_a_checkpoint(words: list[str], latest: Path) -> None:
-    """Kill a run and its ranks as soon as ``latest`` is there."""
+    """Kill a run and its ranks as soon as ``latest`` is there; Python's resource tracker alone may clean up."""
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(words, env=run_environment(), start_new_session=True, **quiet)
+    process = subprocess.Popen(words, env=run_environment(), **quiet)
     deadline = time.monotonic() + 120
     while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    for one in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+        with suppress(psutil.NoSuchProcess):
+            if "multiprocessing.resource_tracker" not in " ".join(one.cmdline()):
+                one.kill()
+    process.kill()
     process.wait()
