@@ -16,10 +16,12 @@ if not torch.cuda.is_available():
 # Minutes each. What several processes share out (`make test`) must not begin with these last.
 LONG = (
     "test_triton_golden.py",
+    "test_faults.py",
+    "test_exactness.py",
     "test_training.py",
     "test_ahead_of_time.py",
-    "test_training_options.py",
     "test_two_hosts.py",
+    "test_training_options.py",
 )
 
 
