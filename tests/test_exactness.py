@@ -83,3 +83,5 @@ def test_another_seed_is_another_run(two_ranks: Path, pairs: Path, tmp_path: Pat
     assert other["loss"] != first["loss"]
     state = json.loads((tmp_path / "other" / "checkpoints" / "step_000001" / "state.json").read_text())
     assert state["loader"]["seed"] == 1
+    assert set(state["versions"]) >= {"sgmim_fast", "commit", "torch", "deepspeed", "numpy"}
+    assert state["config"]["train"]["seed"] == 1

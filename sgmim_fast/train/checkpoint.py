@@ -18,12 +18,13 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import distributed
 
+from sgmim_fast import __version__
 from sgmim_fast.config import PretrainConfig
 from sgmim_fast.data.order import LoaderState
 from sgmim_fast.errors import UserError, first_line
 from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.train.agreement import Agreement
-from sgmim_fast.train.environment import versions
+from sgmim_fast.train.environment import commit, versions
 from sgmim_fast.train.ranks import on_chief
 from sgmim_fast.train.retention import check_space, clear_leftovers, make_durable, remove, remove_old
 from sgmim_fast.train.run_folder import (
@@ -62,7 +63,8 @@ class Position:
     @classmethod
     def at(cls, step: int, loader: LoaderState, config: PretrainConfig) -> "Position":
         """The position of a run of this version."""
-        return cls(step, loader, json.loads(json.dumps(asdict(config))), versions())
+        made_by = {"sgmim_fast": __version__, "commit": commit(), **versions()}
+        return cls(step, loader, json.loads(json.dumps(asdict(config))), made_by)
 
 
 class Checkpoints:
