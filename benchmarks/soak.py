@@ -107,6 +107,11 @@ class Run:
             found[row["step"]] = row
         return found
 
+    def reached(self, began: float) -> int:
+        """Last step of the life that began at a time; rows that the one before left are moved aside when it trains."""
+        path = self.folder / "metrics.jsonl"
+        return max(self.rows(), default=0) if path.exists() and path.stat().st_mtime > began else 0
+
     def saved(self) -> dict[int, Path]:
         """Whole checkpoints by step.
 
@@ -183,6 +188,7 @@ def soak(options: argparse.Namespace) -> None:
 
 def disturb(run: Run, victim: str, kept: int, options: argparse.Namespace, number: int, drawn: random.Random) -> int:
     """One life up to its kill. Returns the steps it had come to."""
+    began = time.time()
     process = run.start()
     try:
         if drawn.random() < 0.1:  # while it starts
@@ -190,14 +196,15 @@ def disturb(run: Run, victim: str, kept: int, options: argparse.Namespace, numbe
         else:
             left = (options.steps - kept) / (options.kills - number)
             goal = min(kept + 1 + int(drawn.uniform(0, 2 * left - 1)), options.steps - 1)
-            while max(run.rows(), default=0) < goal and process.poll() is None:
+            while run.reached(began) < goal and process.poll() is None:
                 time.sleep(0.005)
             time.sleep(drawn.uniform(0, 0.15))
         if process.poll() is not None and max(run.saved(), default=0) < options.steps:
             raise UserError(f"a life ended by itself with status {process.returncode}: {run.folder}.log")
         strike(victim, process, drawn)
         process.wait(timeout=120)
-        if victim == "SIGTERM" and process.returncode not in (0, EXIT_PREEMPTED, 1, -signal.SIGTERM, 143):
+        # Before ranks listen, it ends them at once.
+        if victim == "SIGTERM" and process.returncode not in (0, EXIT_PREEMPTED, -signal.SIGTERM, 128 + signal.SIGTERM):
             raise UserError(f"SIGTERM ended the command with status {process.returncode}: {run.folder}.log")
     finally:
         if process.poll() is None:

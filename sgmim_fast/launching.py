@@ -25,7 +25,8 @@ _SET_SIGNAL_OF_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: dict[str, str]) -> int:
-    """Run ``python -m module arguments`` as ``ranks`` ranks. Returns the status of the first one to fail, or 0.
+    """Run ``python -m module arguments`` as ``ranks`` ranks. Returns the status of the first one to fail, or 0;
+    128 + n if signal n killed it.
 
     Of the GPUs that CUDA_VISIBLE_DEVICES names, the first ``ranks`` are used; MASTER_PORT is taken if set.
     """
@@ -51,7 +52,10 @@ def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: di
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    if status < 0:
+        return 128 - status
+    # The launcher tells that a rank was killed by signal n by 256 - n, shells and queues by 128 + n.
+    return status if status < 256 - signal.NSIG else 128 + 256 - status
 
 
 def launcher_command(module: str, arguments: Sequence[str], devices: Sequence[int | str], port: int | str) -> list[str]:
