@@ -239,7 +239,7 @@ def leftovers(run: Run, shared: set[str]) -> None:
     Raises:
         UserError: if something is left.
     """
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300  # ranks that still start do so until they look for their launcher
     while left := list(run.processes()):
         if time.monotonic() > deadline:
             raise UserError(f"processes are left: {[process.pid for process in left]}")

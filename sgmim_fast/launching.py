@@ -39,7 +39,10 @@ def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: di
     # In a session of its own the launcher does not hear the terminal's Ctrl-C, which would end the ranks in its way.
     launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
 
+    passed_on: set[int] = set()
+
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.add(number)
         for process in _ranks(launcher.pid) or [psutil.Process(launcher.pid)]:
             try:
                 process.send_signal(number)
@@ -52,6 +55,8 @@ def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: di
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if status and signal.SIGINT in passed_on:
+        return 128 + signal.SIGINT  # whichever rank ended first, and lost the other
     if status < 0:
         return 128 - status
     # The launcher tells that a rank was killed by signal n by 256 - n, shells and queues by 128 + n.
