@@ -167,9 +167,9 @@ def test_a_loader_that_hangs_is_ended_and_says_where(pairs: Path, tmp_path: Path
     (data / "images" / "07.jpg").unlink()
     os.mkfifo(data / "images" / "07.jpg")
     output = tmp_path / "run"
-    done = train(2, [*arguments(data, output, data__loader="torch", data__workers=1), "--fault.stall-timeout", "20"])
+    done = train(2, [*arguments(data, output, data__loader="torch", data__workers=1), "--fault.stall-timeout", "30"])
     assert done.returncode == EXIT_LOST, done.stdout + done.stderr
-    assert re.search(r"error: rank [01] has done nothing for 20 s while waiting for a batch of step \d", done.stderr)
+    assert re.search(r"error: rank [01] has done nothing for 30 s while waiting for a batch of step \d", done.stderr)
     stall = next(iter((output / "stalls").iterdir())).read_text()
     assert "torch_loader.py" in stall
     assert "members.py" in done.stderr, "the loader process tells that it reads a file"

@@ -49,7 +49,9 @@ def pretrain(config: PretrainConfig, recipe: str) -> bool:
     ):
         agreement = Agreement(config.fault.collective_timeout)
         chief = distributed.get_rank() == 0
+        watchdog.beat("reading checkpoints")
         checkpoint = on_chief(lambda: starting_point(run, config.resume, say))
+        watchdog.beat("making the model")
         if checkpoint is None:
             trainer = Trainer(config, run, pairs, device)
         else:
@@ -59,6 +61,7 @@ def pretrain(config: PretrainConfig, recipe: str) -> bool:
             if chief:
                 say(f"{checkpoint} has done all {total} steps; --schedule.epochs or --train.max-steps ends it later")
             return True
+        watchdog.beat("opening the data")
         tell = BadSampleLog(run, trainer.rank)
         place = trainer.position.loader.place
         with build_loader(
