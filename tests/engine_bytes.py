@@ -76,7 +76,7 @@ def train(case: dict[str, Any], device: torch.device, shards: Path) -> dict[str,
 
 def main() -> None:
     output, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    with joined_ranks() as device:
+    with joined_ranks(300) as device:
         torch.set_num_threads(1)
         found = [train(case, device, output.with_suffix(f".{number}")) for number, case in enumerate(cases)]
         if distributed.get_rank() == 0:
