@@ -70,8 +70,10 @@ def test_a_kill_at_any_point_of_a_save_loses_no_checkpoint(
 
 def start(words: list[str]) -> subprocess.Popen[str]:
     pretrain = [sys.executable, "-m", "sgmim_fast.cli", "pretrain", "--num-gpus", "2", *words]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # A shell that runs the tests in the background hands on that Ctrl-C is to be ignored.
     return subprocess.Popen(
-        pretrain, env=run_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        pretrain, env=run_environment(), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes
     )
 
 
