@@ -199,8 +199,11 @@ def disturb(run: Run, victim: str, kept: int, options: argparse.Namespace, numbe
             while run.reached(began) < goal and process.poll() is None:
                 time.sleep(0.005)
             time.sleep(drawn.uniform(0, 0.15))
-        if process.poll() is not None and max(run.saved(), default=0) < options.steps:
-            raise UserError(f"a life ended by itself with status {process.returncode}: {run.folder}.log")
+        if process.poll() is not None:
+            what = "the run was done before all kills: give it more --steps"
+            if max(run.saved(), default=0) < options.steps:
+                what = f"a life ended by itself with status {process.returncode}"
+            raise UserError(f"{what}: {run.folder}.log")
         strike(victim, process, drawn)
         process.wait(timeout=120)
         # Before ranks listen, it ends them at once.
