@@ -21,6 +21,7 @@ import pytest
 from sgmim_fast.errors import EXIT_LOST, EXIT_PREEMPTED
 from sgmim_fast.train.run_folder import damage, list_checkpoints
 from tests.training_runs import (
+    COURSE,
     all_gone,
     arguments,
     command,
@@ -92,7 +93,8 @@ def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def test_pre_emption_saves_the_last_step(two_ranks: Path, pairs: Path, tmp_path: Path) -> None:
     """SIGTERM to the command, as `kill` sends it; to every process, as queues do; and a launcher that is gone."""
     output = tmp_path / "stopped"
-    words = [*arguments(pairs, output, data__workers=1, train__checkpoint_every=100), "--resume", "auto"]
+    options = {"data__workers": 1, "train__checkpoint_every": 100}
+    words = [*arguments(pairs, output, **options, train__max_steps=48), "--resume", "auto"]
     config = output / "config.json"
 
     def to_the_command(process: subprocess.Popen[str]) -> None:
@@ -106,7 +108,8 @@ def test_pre_emption_saves_the_last_step(two_ranks: Path, pairs: Path, tmp_path:
         (launcher,) = psutil.Process(process.pid).children()
         launcher.kill()
 
-    for number, interrupt in enumerate((to_the_command, to_every_process, launcher_killed), 1):
+    step = 0
+    for interrupt in (to_the_command, to_every_process, launcher_killed):
         before = config.stat().st_mtime_ns if config.exists() else 0
         process = start(words)
         wait_for(lambda before=before: config.exists() and config.stat().st_mtime_ns > before, process)  # type: ignore[misc]
@@ -114,14 +117,21 @@ def test_pre_emption_saves_the_last_step(two_ranks: Path, pairs: Path, tmp_path:
         out = process.communicate(timeout=120)[0]
         assert all_gone(str(output)), out
         assert "Traceback" not in out
-        assert latest(output) == f"step_{number:06d}", out
         assert "stopped as asked; --resume auto goes on" in out
+        done = rows(output)[-1]["step"]
+        assert step < done < 48, out
+        step = done
+        assert latest(output) == f"step_{step:06d}", "the last step is saved"
         if interrupt is to_the_command:
             assert process.returncode == EXIT_PREEMPTED, out
         else:
             assert process.returncode not in (0, 2), out
-    succeed(train(2, words))
-    same_course(output, two_ranks)
+    step = max(step + 1, 6)
+    succeed(train(2, [*arguments(pairs, output, **options, train__max_steps=step), "--resume", "auto"]))
+    assert [row["step"] for row in rows(output)] == list(range(1, step + 1))
+    for ours, undisturbed in zip(rows(output), rows(two_ranks), strict=False):
+        for name in COURSE:
+            assert ours[name] == undisturbed[name], (name, ours["step"])
 
 
 def test_interrupting_the_command_ends_it_quietly(pairs: Path, tmp_path: Path) -> None:

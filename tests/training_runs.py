@@ -29,6 +29,8 @@ TINY = {
     "train.checkpoint-every": "3",
     "train.max-steps": "6",
 }
+COURSE = ("step", "epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm")
+"""Of a metric row, what two runs of the same course have alike to the bit."""
 
 
 def write_pairs(root: Path) -> Path:
@@ -93,7 +95,7 @@ def same_course(folder: Path, other: Path) -> None:
     """Two runs have the same steps, each once; losses, norms and weights have the same bits."""
     theirs = rows(other)
     for our, their in zip(rows(folder), theirs, strict=True):
-        for name in ("step", "epoch", "loss", "image_loss", "structure_loss", "lr", "grad_norm"):
+        for name in COURSE:
             assert our[name] == their[name], (name, their["step"])
     last = theirs[-1]["step"]
     for name, value in weights(other, last).items():
