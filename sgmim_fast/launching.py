@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from uuid import uuid4
 
@@ -33,9 +34,8 @@ def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: di
     named = [word for word in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
     devices = named[:ranks] if len(named) >= ranks else list(range(ranks))
     command = launcher_command(module, arguments, devices, environment.get("MASTER_PORT") or free_port())
-    environment = environment | {
-        MARK: uuid4().hex
-    }  # by which ranks know their launcher, even if it ends before they look
+    # By the mark ranks know their launcher, even if it ends before they look.
+    environment = environment | {MARK: uuid4().hex}
     # In a session of its own the launcher does not hear the terminal's Ctrl-C, which would end the ranks in its way.
     launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
 
@@ -43,11 +43,12 @@ def launch(module: str, arguments: Sequence[str], *, ranks: int, environment: di
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         passed_on.add(number)
-        for process in _ranks(launcher.pid) or [psutil.Process(launcher.pid)]:
-            try:
+        ranks_now = _ranks(launcher.pid)
+        for process in ranks_now:
+            with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
+        if not ranks_now:
+            launcher.send_signal(number)  # does nothing where it has ended
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -54,7 +54,7 @@ def test_bytes_and_collectives(stage: int, precision: str, cases: dict[tuple[int
         planned_calls[part.kind] += part.calls
     if stage == 3 and "bucket_size" in options:  # weights are let go and gathered again, by whole modules
         assert counted.pop("all-gather") == pytest.approx(planned.pop("all-gather"), rel=0.03)
-        del calls["all-gather"], planned_calls["all-gather"]
+        assert calls.pop("all-gather") <= planned_calls.pop("all-gather")
     assert counted == planned
     if stage < 2 or precision == "fp32":
         assert calls == planned_calls
