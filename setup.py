@@ -16,6 +16,7 @@ DALI = ["nvidia-dali-cuda130>=2.4"]
 XFORMERS = ["xformers>=0.0.35"]
 MAPS = ["transformers>=5.0"]
 WANDB = ["wandb>=0.31"]
+EXPORT = ["transformers>=5.0", "onnx>=1.20", "onnxruntime>=1.23", "onnxscript>=0.6"]
 
 setup(
     name="sgmim-fast",
@@ -31,6 +32,9 @@ setup(
         f"triton>=3.6; {LINUX_ON_64_BITS}",
         "timm>=1.0",
         "deepspeed>=0.19",
+        "huggingface_hub>=1.0",
+        "segmentation-models-pytorch>=0.5",
+        "torchmetrics>=1.6",
         "numpy>=2.0",
         "pillow>=11.0",
         "psutil>=6.0",
@@ -45,11 +49,13 @@ setup(
         "xformers": XFORMERS,
         "maps": MAPS,
         "wandb": WANDB,
-        "all": [*DALI, *XFORMERS, *MAPS, *WANDB],
+        "export": EXPORT,
+        "all": [*DALI, *XFORMERS, *MAPS, *WANDB, *EXPORT],
         "dev": [
             *DALI,
             *MAPS,
             *WANDB,
+            *EXPORT,
             "build>=1.2",
             "hypothesis>=6.100",
             "mypy>=2.0",

@@ -4,6 +4,7 @@ Sizes are in pixels, learning rates are per 512 images of total batch, durations
 name says steps.
 """
 
+from sgmim_fast.config.backbone import BackboneConfig, OutputNorm
 from sgmim_fast.config.data import DataConfig, Loader
 from sgmim_fast.config.model import GUIDANCE_HEADS, Encoder, Guidance, ModelConfig
 from sgmim_fast.config.optimization import OptimizerConfig, OptimizerName, ScheduleConfig
@@ -13,6 +14,7 @@ from sgmim_fast.config.training import Attention, Backend, FaultConfig, MonitorC
 __all__ = [
     "GUIDANCE_HEADS",
     "Attention",
+    "BackboneConfig",
     "Backend",
     "DataConfig",
     "Encoder",
@@ -24,6 +26,7 @@ __all__ = [
     "Norm",
     "OptimizerConfig",
     "OptimizerName",
+    "OutputNorm",
     "PretrainConfig",
     "ScheduleConfig",
     "TrainConfig",
