@@ -13,19 +13,21 @@ def main() -> None:
     if not torch.cuda.is_available():
         # DeepSpeed decides at import which accelerator it serves; said outright, it does not warn.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from sgmim_fast.train.arguments import parse_config
+    from sgmim_fast.train.arguments import PRETRAIN, parse_config
 
     with one_line_errors():
-        config, recipe = parse_config(sys.argv[1:])
+        config, recipe = parse_config(sys.argv[1:], PRETRAIN)
         if config.dry_run:
             from sgmim_fast.train.dry_run import dry_run
+            from sgmim_fast.train.pretrain_job import PretrainJob
 
             if os.environ.get("RANK", "0") == "0":
-                dry_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+                dry_run(PretrainJob(config), int(os.environ.get("WORLD_SIZE", "1")))
             return
-        from sgmim_fast.train.engine import pretrain
+        from sgmim_fast.train.engine import run_job
+        from sgmim_fast.train.pretrain_job import PretrainJob
 
-        if not pretrain(config, recipe):
+        if not run_job(PretrainJob(config), recipe):
             raise SystemExit(EXIT_PREEMPTED)
 
 

@@ -22,6 +22,7 @@ from sgmim_fast.train.choices import check_choices
 from sgmim_fast.train.flops import training_flops_per_image
 from sgmim_fast.train.metrics import Efficiency, memory
 from sgmim_fast.train.peaks import PEAKS, device_peak_tflops, peak_tflops
+from sgmim_fast.train.pretrain_job import PretrainJob
 from sgmim_fast.train.reporting import Reporter
 from sgmim_fast.train.rewinding import METRICS, SUPERSEDED, rewind_metrics
 from sgmim_fast.train.wandb_sink import check_wandb
@@ -33,7 +34,7 @@ def report(run: Path, steps: range, **monitor: Any) -> None:
     """What a run leaves that logs these steps, each with its loss 1 / step."""
     run.mkdir(exist_ok=True)
     config = PretrainConfig(model=TINY, monitor=MonitorConfig(**monitor))
-    with Reporter(run, config, steps[0] - 1, 100, device=CPU, ranks=2, chief=True) as reporter:
+    with Reporter(run, PretrainJob(config), steps[0] - 1, 100, device=CPU, ranks=2, chief=True) as reporter:
         for step in steps:
             reporter.row(metric_row(step, loss=1 / step))
 
@@ -121,7 +122,7 @@ def test_after_resumes_each_step_is_there_once(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     config = PretrainConfig(model=TINY, monitor=MonitorConfig(wandb="offline"))
-    with Reporter(tmp_path, config, 0, 9, device=CPU, ranks=2, chief=False) as reporter:
+    with Reporter(tmp_path, PretrainJob(config), 0, 9, device=CPU, ranks=2, chief=False) as reporter:
         reporter.step(1)
         reporter.row(metric_row(1))
         reporter.say("nothing")
@@ -251,9 +252,9 @@ def test_an_unknown_peak_is_said(tmp_path: Path) -> None:
     report(tmp_path, range(1, 2))
     assert json.loads((tmp_path / METRICS).read_text())["mfu"] is None
     config = PretrainConfig(model=TINY)
-    assert "--monitor.peak-tflops sets it" in Efficiency.of(config, CPU, 1).summary()
+    assert "--monitor.peak-tflops sets it" in Efficiency.of(PretrainJob(config), CPU, 1).summary()
     told = PretrainConfig(model=TINY, monitor=MonitorConfig(peak_tflops=989.5))
-    assert "MFU is of 989.5 TFLOP/s a device" in Efficiency.of(told, CPU, 1).summary()
+    assert "MFU is of 989.5 TFLOP/s a device" in Efficiency.of(PretrainJob(told), CPU, 1).summary()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from sgmim_fast.config.data import DataConfig, Loader
 from sgmim_fast.config.model import GUIDANCE_HEADS, Encoder, Guidance, ModelConfig
 from sgmim_fast.config.optimization import OptimizerConfig, OptimizerName, ScheduleConfig
 from sgmim_fast.config.pretrain import PretrainConfig
+from sgmim_fast.config.run import RunConfig
 from sgmim_fast.config.training import Attention, Backend, FaultConfig, MonitorConfig, Norm, TrainConfig
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "OptimizerName",
     "OutputNorm",
     "PretrainConfig",
+    "RunConfig",
     "ScheduleConfig",
     "TrainConfig",
 ]

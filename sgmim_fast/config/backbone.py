@@ -42,7 +42,7 @@ class BackboneConfig:
     norm_eps: float = None  # type: ignore[assignment]
     """Epsilon of the LayerNorms; unless given, 1e-5 for Swin and 1e-6 for ViT."""
     out_indices: tuple[int, ...] = None  # type: ignore[assignment]
-    """Stages (Swin) or blocks (ViT) whose maps are given, ascending; unless given, all stages, or four blocks evenly."""
+    """Stages (Swin) or blocks (ViT) whose maps are given, ascending; unless given, all stages, or four blocks."""
     norm: OutputNorm = "none"
     """LayerNorm on maps: "none" as timm gives them, "last" the encoder's own on the last map alone, "all" one each, of
     which the last is the encoder's own and the others are new."""

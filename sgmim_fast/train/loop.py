@@ -34,16 +34,22 @@ class Loop:
         config, position = trainer.config, trainer.position
         self._start, self._begin = position.step, position.loader.place
         self._logged = position.step
-        self._losses, self._watch = LossWindow(trainer.device), Stopwatch()
+        self._losses, self._watch = LossWindow(trainer.job.losses, trainer.device), Stopwatch()
         self._profiler = StepProfiler(
             trainer.run, config.monitor.profile_steps, trainer.rank, trainer.device, reporter.say
         )
         self._skipped = SkippedSteps(
-            trainer.run, agreement, position.skipped_steps, config.fault.max_skipped_steps, reporter.say
+            trainer.run,
+            agreement,
+            position.skipped_steps,
+            config.fault.max_skipped_steps,
+            trainer.job.sources,
+            reporter.say,
         )
         self._checkpoints = Checkpoints(
             trainer.engine,
-            trainer.task.model,
+            trainer.job.model(trainer.task),
+            trainer.job.save,
             trainer.run,
             agreement,
             beside=config.train.async_checkpoint,
@@ -85,8 +91,6 @@ class Loop:
     def _report(self, step: Step, done: int) -> None:
         order = self._trainer.order
         losses = self._losses.over_ranks(self._loader.substitutes.count)
-        if self._trainer.config.model.guidance == "none":
-            losses["structure_loss"] = None
         self._reporter.row(
             {
                 "step": done,
@@ -117,7 +121,7 @@ class Loop:
             replace(
                 trainer.position,
                 step=done,
-                loader=trainer.order.state(place, trainer.pairs.sha256),
+                loader=trainer.order.state(place, trainer.job.sha256),
                 skipped_steps=self._skipped.count,
             )
         )

@@ -3,14 +3,14 @@
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sgmim_fast.config import PretrainConfig
-from sgmim_fast.train.metrics import LOSSES, Efficiency
+from sgmim_fast.train.job import Job
+from sgmim_fast.train.metrics import Efficiency
 from sgmim_fast.train.sinks import JsonLines, MetricRow, Sink, TensorBoard
 from sgmim_fast.train.wandb_sink import WandbSink
 
@@ -20,7 +20,7 @@ class Reporter:
 
     Args:
         run: the run's folder, which exists.
-        config: of the run.
+        job: of the run.
         first_step: optimizer steps done already; rows of later ones, left by what is being resumed, are put aside.
         total_steps: of the whole run.
         device: this rank's.
@@ -31,7 +31,7 @@ class Reporter:
     def __init__(
         self,
         run: Path,
-        config: PretrainConfig,
+        job: Job[Any],
         first_step: int,
         total_steps: int,
         *,
@@ -39,7 +39,7 @@ class Reporter:
         ranks: int,
         chief: bool,
     ) -> None:
-        self.run, self.config, self.chief = run, config, chief
+        self.run, self.job, self.chief = run, job, chief
         self._first, self._total = first_step, total_steps
         self._device, self._ranks = device, ranks
         self._console = Console()
@@ -48,17 +48,17 @@ class Reporter:
         """Raises UserError if Weights & Biases cannot start."""
         if not self.chief:
             return self
-        self._efficiency = Efficiency.of(self.config, self._device, self._ranks)
+        self._efficiency = Efficiency.of(self.job, self._device, self._ranks)
         self._sinks: list[Sink] = []
         with ExitStack() as opened:  # what is open is closed again if the next one cannot be opened
             opened.callback(self._close, failed=True)
             self._sinks.append(JsonLines(self.run, self._first))
-            self._sinks.append(TensorBoard(self.run, self._first))
-            if self.config.monitor.wandb != "off":
-                self._sinks.append(WandbSink(self.run, self.config, self._first, self.say))
+            self._sinks.append(TensorBoard(self.run, self._first, self.job.kind))
+            if self.job.config.monitor.wandb != "off":
+                self._sinks.append(WandbSink(self.run, self.job.config, self._first, self.job.kind, self.say))
             opened.pop_all()
         self._progress = Progress(
-            TextColumn("[bold]pre-training"),
+            TextColumn(f"[bold]{self.job.doing}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
@@ -96,7 +96,9 @@ class Reporter:
         row = {**row, **self._efficiency.at(rate)}
         for sink in self._sinks:
             sink.row(row)
-        losses = [f"{name.removesuffix('_loss')} {value:.4f}" for name in LOSSES if (value := row[name]) is not None]
+        losses = [
+            f"{name.removesuffix('_loss')} {value:.4f}" for name in self.job.losses if (value := row[name]) is not None
+        ]
         mfu = [] if row["mfu"] is None else [f"MFU {100 * row['mfu']:.1f} %"]
         note = " ".join((*losses, f"{rate:.1f} img/s", *mfu))
         self._progress.update(self._task, note=note)

@@ -11,8 +11,6 @@ from torch.utils.tensorboard import SummaryWriter
 from sgmim_fast.train.rewinding import METRICS, rewind_metrics
 
 MetricRow = Mapping[str, float | int | None]
-TABLE = "pretrain"
-"""What names of curves begin with."""
 
 
 def known_curves(row: MetricRow) -> Iterator[tuple[str, float | int]]:
@@ -45,15 +43,19 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/``; readers forget what earlier ones hold of the steps after ``first_step``."""
+    """Event files in ``tensorboard/``; readers forget what earlier ones hold of the steps after ``first_step``.
 
-    def __init__(self, run: Path, first_step: int) -> None:
+    Names of curves begin with ``kind``.
+    """
+
+    def __init__(self, run: Path, first_step: int, kind: str) -> None:
+        self._kind = kind
         # Readers forget from purge_step on, that step included.
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def row(self, row: MetricRow) -> None:
         for name, value in known_curves(row):
-            self._writer.add_scalar(f"{TABLE}/{name}", value, row["step"], walltime=time.time())
+            self._writer.add_scalar(f"{self._kind}/{name}", value, row["step"], walltime=time.time())
 
     def close(self, failed: bool) -> None:
         self._writer.close()
