@@ -18,7 +18,7 @@ from tiny_run import NASTY, TINY, make_run, metric_row
 
 from sgmim_fast import UserError, create_model
 from sgmim_fast.data.manifest import read_manifest
-from sgmim_fast.data.torch_loader import evaluation_batch
+from sgmim_fast.data.pair_samples import evaluation_batch
 from sgmim_fast.masking import CELL
 from sgmim_fast.ops import standardize_structure
 from sgmim_fast.reference import local_normalize

@@ -6,6 +6,7 @@ name says steps.
 
 from sgmim_fast.config.backbone import BackboneConfig, OutputNorm
 from sgmim_fast.config.data import DataConfig, Loader
+from sgmim_fast.config.dense import DepthDataConfig, DepthDataset, LabelDataset, SegmentationDataConfig
 from sgmim_fast.config.model import GUIDANCE_HEADS, Encoder, Guidance, ModelConfig
 from sgmim_fast.config.optimization import OptimizerConfig, OptimizerName, ScheduleConfig
 from sgmim_fast.config.pretrain import PretrainConfig
@@ -18,9 +19,12 @@ __all__ = [
     "BackboneConfig",
     "Backend",
     "DataConfig",
+    "DepthDataConfig",
+    "DepthDataset",
     "Encoder",
     "FaultConfig",
     "Guidance",
+    "LabelDataset",
     "Loader",
     "ModelConfig",
     "MonitorConfig",
@@ -31,5 +35,6 @@ __all__ = [
     "PretrainConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SegmentationDataConfig",
     "TrainConfig",
 ]
