@@ -9,14 +9,29 @@ from sgmim_fast.config.data import DataConfig, Loader
 from sgmim_fast.config.model import GUIDANCE_HEADS, Encoder, Guidance, ModelConfig
 from sgmim_fast.config.optimization import OptimizerConfig, OptimizerName, ScheduleConfig
 from sgmim_fast.config.pretrain import PretrainConfig
+from sgmim_fast.config.tasks import (
+    IGNORED_LABEL,
+    DepthConfig,
+    DepthCrop,
+    DepthEvalConfig,
+    DepthHead,
+    SegmentationConfig,
+    SegmentationEvalConfig,
+    SegmentationMode,
+)
 from sgmim_fast.config.training import Attention, Backend, FaultConfig, MonitorConfig, Norm, TrainConfig
 
 __all__ = [
     "GUIDANCE_HEADS",
+    "IGNORED_LABEL",
     "Attention",
     "BackboneConfig",
     "Backend",
     "DataConfig",
+    "DepthConfig",
+    "DepthCrop",
+    "DepthEvalConfig",
+    "DepthHead",
     "Encoder",
     "FaultConfig",
     "Guidance",
@@ -29,5 +44,8 @@ __all__ = [
     "OutputNorm",
     "PretrainConfig",
     "ScheduleConfig",
+    "SegmentationConfig",
+    "SegmentationEvalConfig",
+    "SegmentationMode",
     "TrainConfig",
 ]
