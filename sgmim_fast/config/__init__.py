@@ -11,16 +11,31 @@ from sgmim_fast.config.model import GUIDANCE_HEADS, Encoder, Guidance, ModelConf
 from sgmim_fast.config.optimization import OptimizerConfig, OptimizerName, ScheduleConfig
 from sgmim_fast.config.pretrain import PretrainConfig
 from sgmim_fast.config.run import RunConfig
+from sgmim_fast.config.tasks import (
+    IGNORED_LABEL,
+    DepthConfig,
+    DepthCrop,
+    DepthEvalConfig,
+    DepthHead,
+    SegmentationConfig,
+    SegmentationEvalConfig,
+    SegmentationMode,
+)
 from sgmim_fast.config.training import Attention, Backend, FaultConfig, MonitorConfig, Norm, TrainConfig
 
 __all__ = [
     "GUIDANCE_HEADS",
+    "IGNORED_LABEL",
     "Attention",
     "BackboneConfig",
     "Backend",
     "DataConfig",
+    "DepthConfig",
+    "DepthCrop",
     "DepthDataConfig",
     "DepthDataset",
+    "DepthEvalConfig",
+    "DepthHead",
     "Encoder",
     "FaultConfig",
     "Guidance",
@@ -35,6 +50,9 @@ __all__ = [
     "PretrainConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SegmentationConfig",
     "SegmentationDataConfig",
+    "SegmentationEvalConfig",
+    "SegmentationMode",
     "TrainConfig",
 ]
