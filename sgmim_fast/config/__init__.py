@@ -7,6 +7,16 @@ name says steps.
 from sgmim_fast.config.backbone import BackboneConfig, OutputNorm
 from sgmim_fast.config.data import DataConfig, Loader
 from sgmim_fast.config.dense import DepthDataConfig, DepthDataset, LabelDataset, SegmentationDataConfig
+from sgmim_fast.config.finetune import (
+    FROM_SCRATCH,
+    FROM_WEIGHTS,
+    DepthRunConfig,
+    FinetuneBackboneConfig,
+    FinetuneConfig,
+    FinetuneOptimizerConfig,
+    FinetuneScheduleConfig,
+    SegmentationRunConfig,
+)
 from sgmim_fast.config.model import GUIDANCE_HEADS, Encoder, Guidance, ModelConfig
 from sgmim_fast.config.optimization import OptimizerConfig, OptimizerName, ScheduleConfig
 from sgmim_fast.config.pretrain import PretrainConfig
@@ -24,6 +34,8 @@ from sgmim_fast.config.tasks import (
 from sgmim_fast.config.training import Attention, Backend, FaultConfig, MonitorConfig, Norm, TrainConfig
 
 __all__ = [
+    "FROM_SCRATCH",
+    "FROM_WEIGHTS",
     "GUIDANCE_HEADS",
     "IGNORED_LABEL",
     "Attention",
@@ -36,8 +48,13 @@ __all__ = [
     "DepthDataset",
     "DepthEvalConfig",
     "DepthHead",
+    "DepthRunConfig",
     "Encoder",
     "FaultConfig",
+    "FinetuneBackboneConfig",
+    "FinetuneConfig",
+    "FinetuneOptimizerConfig",
+    "FinetuneScheduleConfig",
     "Guidance",
     "LabelDataset",
     "Loader",
@@ -54,5 +71,6 @@ __all__ = [
     "SegmentationDataConfig",
     "SegmentationEvalConfig",
     "SegmentationMode",
+    "SegmentationRunConfig",
     "TrainConfig",
 ]
