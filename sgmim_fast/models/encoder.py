@@ -1,7 +1,5 @@
 """What the encoders share: they begin with patches, give maps, and stand masked cells in for in pre-training."""
 
-import re
-
 import torch
 from torch import Tensor, nn
 
@@ -42,19 +40,6 @@ class ImageEncoder(nn.Module):
         """
         embedded = self._embed(image, mask) if visible is None else self._embed_visible(image, visible, backend)
         return self.encode(embedded)
-
-    def leaves_out(self, name: str) -> bool:
-        """Whether a whole encoder's parameter of this name was left out on purpose, as the configuration asks."""
-        last = self.shape.out_indices[-1]
-        if name == "mask_token":
-            return self.mask_token is None
-        if name.startswith("norm."):
-            return not self.shape.has_own_norm
-        if part := re.match(r"(?:layers|blocks)\.(\d+)\.", name):
-            number = int(part[1])
-            after = number == last and ".downsample." in name
-            return last < number < self.shape.levels or (after and last < self.shape.levels - 1)
-        return False
 
     def block_stages(self) -> list[BlockStage]:
         """The modules that run the blocks of each stage."""
