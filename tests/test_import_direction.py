@@ -21,6 +21,7 @@ LAYERS = (
     ("models", "weight_layouts"),
     ("weight_plan",),
     ("weights", "data"),
+    ("backbones",),
     ("tasks",),
     ("train",),
     # sgmim_fast is the package's own __init__
@@ -28,8 +29,8 @@ LAYERS = (
     ("cli",),
 )
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
-# Where models are built and timed these may be missing: kernels to weights, the package's own __init__ included.
-LIGHT = {room for layer in LAYERS[: DEPTH["models"] + 1] for room in layer} | {"weight_plan", "weights", PACKAGE}
+# Where models are built and timed these may be missing: kernels to backbones, the package's own __init__ included.
+LIGHT = {room for layer in LAYERS[: DEPTH["backbones"] + 1] for room in layer} - {"data"} | {PACKAGE}
 HEAVY = ("deepspeed", "pydantic", "tyro", "xformers", "apex", "nvidia")
 WHEN_ASKED = {"attention": "xformers", "nvidia_apex": "apex"}  # imported inside a function, by name of the user's
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
