@@ -90,12 +90,12 @@ def from_hf(key: str, key_bias: bool) -> Place | None:
     if key.startswith("decoder.0."):
         return Place(key)  # the image head of SwinForMaskedImageModeling, which is SimMIM's
     key = _PREFIX.sub("", key)
-    for pattern, name in _IN_FILES:
-        key = pattern.sub(name, key)
+    for pattern, in_files in _IN_FILES:
+        key = pattern.sub(in_files, key)
     block = _BLOCK.match(key)
     if block is None:
-        name = _swap(key, _AROUND)
-        return None if name is None else Place(name)
+        around = _swap(key, _AROUND)
+        return None if around is None else Place(around)
     start = f"blocks.{block[2]}." if block[1] is None else f"layers.{block[1]}.blocks.{block[2]}."
     rest = key[block.end() :]
     if parts := _QKV.match(rest):
@@ -103,8 +103,8 @@ def from_hf(key: str, key_bias: bool) -> Place | None:
         if kind == "weight" or key_bias:
             return Place(f"{start}attn.qkv.{kind}", _PARTS.index(part))
         return None if part == "key" else Place(f"{start}attn.{part[0]}_bias")
-    name = _swap(rest, _IN_BLOCK)
-    return None if name is None else Place(start + name)
+    within = _swap(rest, _IN_BLOCK)
+    return None if within is None else Place(start + within)
 
 
 def to_hf(name: str, encoder: Encoder) -> tuple[str, ...]:

@@ -25,8 +25,12 @@ def square_side(rows: int) -> int | None:
     return (side + 1) // 2 if side * side == rows and side % 2 else None
 
 
-def resize_table(table: Tensor, source: tuple[int, int], target: tuple[int, int], how: Resampling) -> Tensor:
+def resize_table(
+    table: Tensor, source: tuple[int, int], target: tuple[int, int], how: Resampling = "bicubic"
+) -> Tensor:
     """The table for a window or map of ``target`` (height, width) tokens of one for ``source``; itself if those agree.
+
+    In the table's dtype, and differentiable.
 
     Args:
         table: ((2 H - 1) (2 W - 1) + k, heads), a float tensor.

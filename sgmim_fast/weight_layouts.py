@@ -34,6 +34,9 @@ BARE: tuple[Layout, ...] = ("swin", "timm", "mim-depth")
 _GUIDANCE = ("depth_encoder.", "fusion_blk_img.", "img_decoder.", "dep_decoder.")
 BACKBONE_PARTS = ("out_norms.", "pyramid.")
 """What a backbone has beside its encoder."""
+STAGE_NORMS = "stage_norms."
+"""Begins names of the norms that other codes put on maps of stages before the last: they are counted by the stage, a
+backbone's ``out_norms`` by the map."""
 _WRAPPERS = ("backbone.", "model.")
 # Buffers that are computed from the configuration; timm's k_bias is a constant zero.
 _DERIVED = ("relative_position_index", "attn_mask", "relative_coords_table", "k_bias")
@@ -79,7 +82,8 @@ def read_names(keys: Iterable[str]) -> Reading | None:
             unknown.append(key)
         else:
             parts[place.third] = key
-    held, incomplete = {}, []
+    held: dict[str, tuple[str, ...]] = {}
+    incomplete: list[str] = []
     for name, parts in found.items():
         if None in parts:
             held[name] = (parts[None],)
@@ -128,7 +132,7 @@ def _place(name: str, layout: Layout, key_bias: bool, stages: int) -> Place | No
     if layout == "mim-depth":
         name = name.removeprefix("encoder.").replace(".attn.rpe_mlp.", ".attn.cpb_mlp.")
         if (norm := _STAGE_NORM.match(name)) and int(norm[1]) != stages - 1:
-            return Place(f"out_norms.{norm[1]}.{name[norm.end() :]}")
+            return Place(f"{STAGE_NORMS}{norm[1]}.{name[norm.end() :]}")
         name = _STAGE_NORM.sub("norm.", name)
     elif layout == "timm":
         # Beit with average pooling applies its last norm after the pooling, under another name.
@@ -138,22 +142,33 @@ def _place(name: str, layout: Layout, key_bias: bool, stages: int) -> Place | No
     return Place(f"encoder.{name}")
 
 
-def to_model(name: str, target: Target) -> str | None:
-    """A model's name of what has this one in the layout ``sgmim``; None if the model has no such part."""
+def to_model(name: str, target: Target, outputs: tuple[int, ...] = ()) -> str | None:
+    """A model's name of what has this one in the layout ``sgmim``; None if the model has no such part.
+
+    Args:
+        name: of a ``Reading``.
+        target: the kind of model.
+        outputs: the stages whose maps a backbone gives.
+    """
+    if target == "backbone":
+        if norm := re.match(rf"{STAGE_NORMS}(\d+)\.", name):
+            stage = int(norm[1])
+            return f"out_norms.{outputs.index(stage)}.{name[norm.end() :]}" if stage in outputs else None
+        return None if name.startswith(_GUIDANCE) or name == "encoder.mask_token" else name
+    if name.startswith((*BACKBONE_PARTS, STAGE_NORMS)):
+        return None
     if target == "guided":
-        return None if name.startswith(BACKBONE_PARTS) else name
-    if target == "plain":
-        if name.startswith("img_decoder."):
-            return name.removeprefix("img_")
-        return None if name.startswith((*_GUIDANCE, *BACKBONE_PARTS)) else name
+        return name
+    if target == "plain" and name.startswith("img_decoder."):
+        return name.removeprefix("img_")
     if name.startswith(_GUIDANCE):
         return None
-    if target == "backbone":
-        return None if name == "encoder.mask_token" else name
-    return None if name.startswith(BACKBONE_PARTS) else name.removeprefix("encoder.")
+    return name if target == "plain" else name.removeprefix("encoder.")
 
 
-def from_model(key: str, layout: Layout, target: Target, shape: "EncoderShape") -> tuple[str, ...]:
+def from_model(
+    key: str, layout: Layout, target: Target, shape: "EncoderShape", outputs: tuple[int, ...] = ()
+) -> tuple[str, ...]:
     """What a layout calls a model's parameter: one name, or three for equal parts of its first axis.
 
     Args:
@@ -161,6 +176,7 @@ def from_model(key: str, layout: Layout, target: Target, shape: "EncoderShape") 
         layout: to be written.
         target: the kind of model.
         shape: its encoder's.
+        outputs: the stages whose maps a backbone gives.
 
     Returns:
         None of them if the parameter does not belong to the layout.
@@ -174,7 +190,7 @@ def from_model(key: str, layout: Layout, target: Target, shape: "EncoderShape") 
         head = layout == "simmim" or (layout == "hf" and shape.kind != "vit")
         return (name.removeprefix("img_"),) if head else ()
     if layout == "mim-depth" and (norm := re.match(r"out_norms\.(\d+)\.", name)):
-        return (f"encoder.norm{norm[1]}.{name[norm.end() :]}",)
+        return (f"encoder.norm{outputs[int(norm[1])]}.{name[norm.end() :]}",)
     if not name.startswith("encoder."):
         return ()
     if layout == "simmim":
@@ -238,7 +254,7 @@ def encoder_shape(shapes: Mapping[str, tuple[int, ...]]) -> EncoderShape:
 def is_beyond(name: str, shape: EncoderShape) -> bool:
     """Whether a parameter, named as in the layout ``sgmim``, comes after the end of an encoder of this shape."""
     name = name.removeprefix("encoder.")
-    if name.startswith(("norm.", *BACKBONE_PARTS)):
+    if name.startswith(("norm.", STAGE_NORMS, *BACKBONE_PARTS)):
         return True
     if shape.kind == "vit":
         return (block := re.match(r"blocks\.(\d+)\.", name)) is not None and int(block[1]) >= shape.depths[0]

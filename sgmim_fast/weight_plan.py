@@ -40,7 +40,13 @@ class Plan:
     resized: tuple[str, ...] = ()
 
 
-def make_plan(reading: Reading, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], target: Target) -> Plan:
+def make_plan(
+    reading: Reading,
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    target: Target,
+    outputs: tuple[int, ...] = (),
+) -> Plan:
     """Sorts a file's parameters by the model's names.
 
     Args:
@@ -48,6 +54,7 @@ def make_plan(reading: Reading, tensors: Mapping[str, Tensor], own: Mapping[str,
         tensors: of the file.
         own: the model's state dict.
         target: what it is of.
+        outputs: the stages whose maps a backbone gives.
     """
     held = encoder_shape({name: tuple(tensors[keys[0]].shape) for name, keys in reading.held.items()})
     wanted = encoder_shape({name: tuple(tensor.shape) for name, tensor in own.items()})
@@ -55,7 +62,7 @@ def make_plan(reading: Reading, tensors: Mapping[str, Tensor], own: Mapping[str,
     keys: dict[str, tuple[str, ...]] = {}
     unused, unknown = list(reading.unused), list(reading.unknown)
     for name, theirs in reading.held.items():
-        mine = to_model(name, target)
+        mine = to_model(name, target, outputs)
         if mine is None or (mine not in own and target == "backbone" and fits and is_beyond(name, wanted)):
             unused += theirs
         elif mine not in own:

@@ -4,13 +4,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sgmim_fast.config import Encoder, ModelConfig
+from sgmim_fast.config import BackboneConfig, Encoder, ModelConfig
 from sgmim_fast.errors import UserError
+from sgmim_fast.models.backbone import Backbone
 from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.models.swin import SwinEncoder
 from sgmim_fast.models.vit import ViTEncoder
@@ -19,7 +20,9 @@ from sgmim_fast.weight_files import check_target, read_metadata, read_tensors, w
 from sgmim_fast.weight_layouts import EncoderShape, Layout, Target, encoder_shape, from_model, read_names
 from sgmim_fast.weight_plan import Grid, fit_shapes, make_plan, problems, some
 
-__all__ = ["LoadReport", "load_weights", "read_config", "save_weights"]
+__all__ = ["LoadReport", "load_weights", "read_backbone_config", "read_config", "save_weights"]
+
+C = TypeVar("C", ModelConfig, BackboneConfig)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def load_weights(
             f"MIM-Depth-Estimation ones; its first names are {some(list(tensors))}"
         )
     own: dict[str, Tensor] = model.state_dict()
-    plan = make_plan(reading, tensors, own, target)
+    plan = make_plan(reading, tensors, own, target, _outputs(model))
     how = _resampling(resize, target, plan.held)
     if plan.fits:
         fit_shapes(plan, own, how, None if isinstance(source, Mapping) else _file_map(source), _own_map(model))
@@ -111,15 +114,17 @@ def save_weights(model: nn.Module, path: str | Path, layout: Layout = "sgmim") -
     check_target(path)
     tensors = {}
     for key, tensor in own.items():
-        names = from_model(key, layout, target, held)
+        names = from_model(key, layout, target, held, _outputs(model))
         for name, part in zip(names, tensor.detach().chunk(len(names)) if names else (), strict=True):
             tensors[name] = part.cpu().contiguous()
     metadata = {"format": "pt", "layout": layout, "encoder": held.kind}
     config = getattr(model, "config", None)
+    # The configuration of what the file holds, so that it can be built again from the file alone.
     if isinstance(config, ModelConfig):
-        # The configuration of what the file holds, so that it can be built again from the file alone.
         config = config if layout == "sgmim" else replace(config, guidance="none")
         metadata["config"] = json.dumps(asdict(config))
+    elif isinstance(config, BackboneConfig):
+        metadata["backbone"] = json.dumps(asdict(config))
     write_tensors(path, tensors, metadata)
     return path
 
@@ -130,11 +135,20 @@ def read_config(path: str | Path) -> ModelConfig | None:
     Raises:
         UserError: if the file cannot be read, or its configuration is not one of this version.
     """
+    return _read_config(path, "config", ModelConfig)
+
+
+def read_backbone_config(path: str | Path) -> BackboneConfig | None:
+    """Likewise of a file whose weights are a backbone's."""
+    return _read_config(path, "backbone", BackboneConfig)
+
+
+def _read_config(path: str | Path, entry: str, kind: type[C]) -> C | None:
     metadata = read_metadata(path)
-    if "layout" not in metadata or "config" not in metadata:
+    if "layout" not in metadata or entry not in metadata:
         return None
     try:
-        return ModelConfig(**json.loads(metadata["config"]))
+        return kind(**json.loads(metadata[entry]))
     except (TypeError, ValueError) as error:  # UserError and json's error are ValueErrors
         raise UserError(f"{path}: holds a model configuration that this version cannot use ({error})") from error
 
@@ -145,12 +159,18 @@ def read_config(path: str | Path) -> ModelConfig | None:
 def _target(model: nn.Module) -> Target:
     if isinstance(model, SGMIM):
         return "plain" if model.config.guidance == "none" else "guided"
+    if isinstance(model, Backbone):
+        return "backbone"
     if isinstance(model, SwinEncoder | ViTEncoder):
         return "encoder"
     raise UserError(
-        f"weights belong to a model made by create_model, or to its encoder; got {type(model).__name__} "
-        "(unwrap a distributed or compiled model first)"
+        f"weights belong to a model made by create_model, to its encoder, or to a backbone made by create_backbone; "
+        f"got {type(model).__name__} (unwrap a distributed or compiled model first)"
     )
+
+
+def _outputs(model: nn.Module) -> tuple[int, ...]:
+    return model.config.out_indices if isinstance(model, Backbone) else ()
 
 
 def _shape_of(tensors: Mapping[str, Tensor]) -> EncoderShape:
@@ -193,12 +213,14 @@ def _resampling(resize: bool | Resampling | None, target: Target, held: EncoderS
 def _own_map(model: nn.Module) -> Grid | None:
     """(rows, columns) of the map that a ViT's position table is for."""
     encoder = getattr(model, "encoder", model)
-    return encoder.map if isinstance(encoder, ViTEncoder) else None
+    return encoder.rel_pos_bias.grid if isinstance(encoder, ViTEncoder) else None
 
 
 def _file_map(source: str | Path) -> Grid | None:
     """The same of a file of ours; None for others, whose map is taken to be square."""
-    config = read_config(source)
-    if config is None or config.encoder != "vit":
+    model, backbone = read_config(source), read_backbone_config(source)
+    shape = BackboneConfig.from_pretraining(model) if model is not None else backbone
+    if shape is None or shape.encoder != "vit":
         return None
-    return config.hw[0] // config.patch_size, config.hw[1] // config.patch_size
+    rows, columns = shape.stage_map(0)
+    return rows, columns
