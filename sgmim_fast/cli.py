@@ -240,7 +240,8 @@ def _pretrain(argv: Sequence[str]) -> int:
     import torch
 
     from sgmim_fast.launching import launch
-    from sgmim_fast.train.arguments import PRETRAIN, parse_config
+    from sgmim_fast.train.arguments import parse_config
+    from sgmim_fast.train.programs import PRETRAIN
 
     config, _ = parse_config(rest, PRETRAIN)  # what is wrong is said here, once, before any rank starts
     if known.num_gpus is not None and known.num_gpus < 1:
@@ -270,7 +271,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from sgmim_fast.models.registry import create_model
-    from sgmim_fast.train.arguments import PRETRAIN, load_config
+    from sgmim_fast.train.arguments import load_config
+    from sgmim_fast.train.programs import PRETRAIN
     from sgmim_fast.train.run_folder import WEIGHTS, latest_checkpoint
     from sgmim_fast.weights import load_weights, save_weights
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import distributed
 
-from sgmim_fast.train.arguments import PRETRAIN, parse_config
+from sgmim_fast.train.arguments import parse_config
 from sgmim_fast.train.engine import run_job
 from sgmim_fast.train.pretrain_job import PretrainJob
+from sgmim_fast.train.programs import PRETRAIN
 from tests.faulty_pretrain import poison
 from tests.training_runs import arguments
 

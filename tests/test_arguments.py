@@ -7,7 +7,8 @@ import pytest
 
 from sgmim_fast.errors import UserError
 from sgmim_fast.recipes import RECIPES
-from sgmim_fast.train.arguments import PRETRAIN, config_to_json, load_config, parse_config
+from sgmim_fast.train.arguments import config_to_json, load_config, parse_config
+from sgmim_fast.train.programs import PRETRAIN
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -15,7 +16,7 @@ def test_every_recipe_survives_its_file(name: str, tmp_path: Path) -> None:
     config, recipe = parse_config(["--recipe", name], PRETRAIN)
     assert recipe == name
     assert config == RECIPES[name]()
-    (tmp_path / "config.json").write_text(config_to_json(config, recipe))
+    (tmp_path / "config.json").write_text(config_to_json(config, recipe, "pretrain"))
     assert load_config(tmp_path / "config.json", PRETRAIN) == config
 
 
@@ -113,7 +114,7 @@ def test_the_loader_has_a_short_name() -> None:
 
 def test_a_run_of_an_older_version_is_read(tmp_path: Path) -> None:
     """Its file names none of the choices that came later; they are what it ran with."""
-    content = json.loads(config_to_json(RECIPES["demo"](), "demo"))
+    content = json.loads(config_to_json(RECIPES["demo"](), "demo", "pretrain"))
     del content["optimizer"]["implementation"]
     for name in ("attention", "norm", "compile"):
         del content["train"][name]

@@ -8,7 +8,8 @@ from typing import Any
 
 from sgmim_fast.config import PretrainConfig
 from sgmim_fast.errors import UserError
-from sgmim_fast.train.arguments import PRETRAIN, load_config
+from sgmim_fast.train.arguments import load_config
+from sgmim_fast.train.programs import PRETRAIN
 from sgmim_fast.train.run_folder import LATEST, WEIGHTS, checkpoints, latest_name
 
 Row = dict[str, float | None]

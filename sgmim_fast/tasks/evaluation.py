@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.config import DepthConfig, DepthEvalConfig, SegmentationConfig, SegmentationEvalConfig
-from sgmim_fast.data.dense.evaluation import EvaluationSample, evaluation_sample
-from sgmim_fast.data.dense.samples import DenseSamples
+from sgmim_fast.data.dense.evaluation import EvaluationSample
 from sgmim_fast.tasks.depth_metrics import DepthMetrics
 from sgmim_fast.tasks.inference import predict_classes, predict_depth
 from sgmim_fast.tasks.segmentation_metrics import SegmentationMetrics
@@ -42,9 +41,8 @@ class Counts(ABC):
         """
 
     @torch.no_grad()
-    def count(self, task: Any, samples: DenseSamples, index: int, *, counted: bool = True) -> Tensor:
+    def count(self, task: Any, sample: EvaluationSample, *, counted: bool = True) -> Tensor:
         """Predict one image, and count it unless told not to. Returns the prediction."""
-        sample = evaluation_sample(samples, index)
         height, width = sample.target.shape[-2:]
         prediction = self.predict(task, sample.image[None].to(self.device), (height, width))
         if counted:

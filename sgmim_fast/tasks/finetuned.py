@@ -92,7 +92,7 @@ def load_finetuned(
         task.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise UserError(
-            f"{path}: its weights do not fit its own configuration ({' '.join(str(error).split())[:200]}); copy it again"
+            f"{path}: its weights do not fit its configuration ({' '.join(str(error).split())[:200]}); copy it again"
         ) from error
     task.backbone.set_backend(backend)
     task.backbone.set_attention(attention)

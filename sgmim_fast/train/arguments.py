@@ -19,11 +19,12 @@ from typing import Any, Generic, TypeVar
 import tyro
 import yaml
 
-from sgmim_fast.config import PretrainConfig, RunConfig
+from sgmim_fast.config import RunConfig
 from sgmim_fast.errors import UserError
-from sgmim_fast.recipes import RECIPES
 
 Config = TypeVar("Config", bound=RunConfig)
+_FIRST_KIND = "pretrain"
+"""Of runs that were written when there was no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,35 +42,6 @@ class Program(Generic[Config]):
     """The one that is meant where none is named."""
     short: Mapping[str, str]
     """Options by a shorter name."""
-
-
-PRETRAIN: Program[PretrainConfig] = Program(
-    kind="pretrain",
-    command="sgmim pretrain",
-    description="""Pre-train an encoder by SG-MIM on a folder of image and structure-map pairs.
-
-Start it with a launcher, one process a GPU (or, without GPUs, a CPU rank each):
-  deepspeed --num_gpus 2 --module sgmim_fast.pretrain --recipe swin_base_100ep --data DIR --output runs/one
-  torchrun --nproc-per-node 2 -m sgmim_fast.pretrain --recipe swin_base_100ep --data DIR --output runs/one
-  sgmim pretrain --num-gpus 2 --recipe swin_base_100ep --data DIR --output runs/one
-
---recipe NAME   start from one of: {recipes}
---config FILE   YAML with any of the options below, nested by their dots
---data PATH     short for --data.path
---loader NAME   short for --data.loader
---compile       short for --train.compile
---profile STEPS short for --monitor.profile-steps
-""",
-    recipes=RECIPES,
-    recipe="swin_base_100ep",
-    short={
-        "--data": "--data.path",
-        "--loader": "--data.loader",
-        "--compile": "--train.compile",
-        "--no-compile": "--train.no-compile",
-        "--profile": "--monitor.profile-steps",
-    },
-)
 
 
 def parse_config(argv: Sequence[str], program: Program[Config]) -> tuple[Config, str]:
@@ -99,7 +71,7 @@ def load_config(path: Path, program: Program[Config]) -> Config:
         UserError: if it cannot be read, or is one of another kind of run.
     """
     content = dict(_read_mapping(path))
-    kind = content.pop("kind", PRETRAIN.kind)
+    kind = content.pop("kind", _FIRST_KIND)
     if kind != program.kind:
         raise UserError(f"{path}: is the configuration of a run of another kind ({kind}, not {program.kind})")
     content.pop("recipe", None)
@@ -108,10 +80,10 @@ def load_config(path: Path, program: Program[Config]) -> Config:
 
 def kind_of_run(path: Path) -> str:
     """``Job.kind`` of the run that wrote a ``config.json``."""
-    return str(_read_mapping(path).get("kind", PRETRAIN.kind))
+    return str(_read_mapping(path).get("kind", _FIRST_KIND))
 
 
-def config_to_json(config: RunConfig, recipe: str, kind: str = PRETRAIN.kind) -> str:
+def config_to_json(config: RunConfig, recipe: str, kind: str) -> str:
     """What ``load_config`` reads."""
     return json.dumps({"kind": kind, "recipe": recipe, **dataclasses.asdict(config)}, indent=2) + "\n"
 

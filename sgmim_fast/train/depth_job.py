@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.config import DepthConfig, DepthRunConfig
+from sgmim_fast.data.dense.folders import Split
 from sgmim_fast.data.dense.opening import open_depth
 from sgmim_fast.data.dense.samples import DenseSamples
 from sgmim_fast.tasks.evaluation import DepthCounts
@@ -26,7 +27,7 @@ class DepthJob(FinetuneJob[DepthRunConfig]):
     def crop(self) -> tuple[int, int]:
         return self.config.data.crop
 
-    def open_split(self, split: str) -> DenseSamples:
+    def open_split(self, split: Split) -> DenseSamples:
         return open_depth(self.config.data, split, max_depth=self.config.depth.max_depth)
 
     def target(self, size: int, height: int, width: int) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from sgmim_fast.train.loop import Loop
 from sgmim_fast.train.ranks import joined_ranks, on_chief, own_device
 from sgmim_fast.train.reporting import Reporter
 from sgmim_fast.train.resuming import check_same_run, starting_point
+from sgmim_fast.train.rewinding import EVALUATIONS, METRICS
 from sgmim_fast.train.stopping import StopRequest
 from sgmim_fast.train.trainer import Trainer
 from sgmim_fast.train.universal import make_universal, remove_universal
@@ -87,7 +88,7 @@ def _go_on(job: Job[Any], run: Path, device: torch.device, checkpoint: Path) -> 
     """A trainer with the state of ``checkpoint``, which any number of ranks may have written."""
     found = read_position(checkpoint)
     here = job.order(distributed.get_world_size()).state(BEGIN, job.sha256)
-    on_chief(lambda: check_same_run(checkpoint, found.config, job.config, (found.loader, here), job.fixed))
+    on_chief(lambda: check_same_run(checkpoint, found.config, job.config, (found.loader, here), job.fixed, job.free))
     # Stage 0 keeps all of the state on every rank.
     reshape = job.config.train.zero_stage > 0 and found.loader.world_size != here.world_size
     source = on_chief(lambda: make_universal(checkpoint)) if reshape else checkpoint
@@ -105,7 +106,7 @@ def _go_on(job: Job[Any], run: Path, device: torch.device, checkpoint: Path) -> 
 
 def _set_aside(run: Path) -> None:
     """Rename what a run left that ended before its first checkpoint: it cannot be continued, only repeated."""
-    for name in ("metrics.jsonl", "tensorboard"):
+    for name in (METRICS, EVALUATIONS, "tensorboard"):
         if (run / name).exists():
             number = next(n for n in itertools.count(1) if not (run / f"{name}.{n}").exists())
             (run / name).rename(run / f"{name}.{number}")

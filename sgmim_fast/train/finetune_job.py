@@ -12,8 +12,10 @@ from torch import Tensor, distributed, nn
 from sgmim_fast.backbones import create_backbone
 from sgmim_fast.config import FROM_SCRATCH, FROM_WEIGHTS, BackboneConfig, Backend, FinetuneConfig
 from sgmim_fast.data.batches import Loader
-from sgmim_fast.data.dense.loading import build_dense_loader
+from sgmim_fast.data.dense.evaluation import evaluation_samples
+from sgmim_fast.data.dense.folders import Split
 from sgmim_fast.data.dense.samples import DenseSamples
+from sgmim_fast.data.dense.training import build_dense_loader, dense_order
 from sgmim_fast.data.order import Place, SampleOrder
 from sgmim_fast.data.substitution import BadSample
 from sgmim_fast.errors import UserError
@@ -34,6 +36,7 @@ class FinetuneJob(Job[FineConfig]):
     """A backbone with weights, a new head, and images with a target a pixel."""
 
     doing = "fine-tuning"
+    evaluates = True
     free = ("evaluation.", "evaluate_every", "backbone.weights", "data.train_list", "data.val_list")
 
     # -- of each task
@@ -44,7 +47,7 @@ class FinetuneJob(Job[FineConfig]):
         """The part of the configuration about the head."""
 
     @abstractmethod
-    def open_split(self, split: str) -> DenseSamples:
+    def open_split(self, split: Split) -> DenseSamples:
         """The images of "train" or "val"."""
 
     @abstractmethod
@@ -92,8 +95,8 @@ class FinetuneJob(Job[FineConfig]):
 
     def order(self, world_size: int) -> SampleOrder:
         train = self.config.train
-        return SampleOrder(
-            self.samples,
+        return dense_order(
+            self.train_split,
             batch_size=train.batch_size,
             world_size=world_size,
             accumulation_steps=train.accumulation_steps,
@@ -112,8 +115,7 @@ class FinetuneJob(Job[FineConfig]):
         return build_dense_loader(
             self.train_split,
             self.config.data,  # type: ignore[attr-defined]
-            seed=self.config.train.seed,
-            order=self.order(world_size),
+            self.order(world_size),
             rank=rank,
             place=place,
             device=device,
@@ -242,14 +244,15 @@ class FinetuneJob(Job[FineConfig]):
         """Figures over the images of "val", of which every rank takes its share."""
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         counts, count = self.counts(device), len(self.val_split)
-        # Under ZeRO-3 weights are gathered together: every rank predicts as often as the first.
-        mine = [number if number < count else None for number in range(rank, -(-count // world_size) * world_size, world_size)]
+        # Under ZeRO-3 weights are gathered together: every rank predicts as often as the first, if need be in vain.
+        mine = range(rank, -(-count // world_size) * world_size, world_size)
         was_training = task.training
         task.eval()
         try:
-            for done, index in enumerate(mine):
+            samples = evaluation_samples(self.val_split, (index % count for index in mine))
+            for done, (index, sample) in enumerate(zip(mine, samples, strict=True)):
                 beat(f"evaluating image {done + 1} of {len(mine)}")
-                counts.count(task, self.val_split, 0 if index is None else index, counted=index is not None)
+                counts.count(task, sample, counted=index < count)
         finally:
             task.train(was_training)
         distributed.all_reduce(counts.state)

@@ -35,7 +35,9 @@ class Job(ABC, Generic[Config]):
     sources: ClassVar[tuple[str, ...]]
     """Entries of a batch that were read from files."""
     fixed: ClassVar[tuple[str, ...]]
-    """Settings, or groups of them that end in a dot, that the stored state has the shape of."""
+    """Settings, or beginnings of their names, that the stored state has the shape of."""
+    free: ClassVar[tuple[str, ...]] = ()
+    """Settings, or beginnings of their names, that change nothing of the training or are compared otherwise."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -133,6 +135,9 @@ class Job(ABC, Generic[Config]):
         """Of optimizer step ``step`` (from 0)."""
 
     # -- evaluation
+
+    evaluates: ClassVar[bool] = False
+    """Whether there is an evaluation."""
 
     def evaluates_after(self, step: int, total: int, order: SampleOrder) -> bool:
         """Whether the model is to be evaluated when ``step`` steps are done."""

@@ -1,5 +1,6 @@
 """The training loop: steps, and what happens between them."""
 
+import time
 from dataclasses import replace
 
 from sgmim_fast.data.batches import Loader
@@ -75,6 +76,8 @@ class Loop:
             if done % log_every == 0 or done == total:
                 self._report(step, done)
             self._reporter.step(done)
+            if self._trainer.job.evaluates_after(done, total, self._trainer.order):
+                self._evaluate(done)
             if self._between_steps(done, total):
                 return False
         return True
@@ -104,6 +107,14 @@ class Loop:
             }
         )
         self._logged = done
+
+    def _evaluate(self, done: int) -> None:
+        trainer = self._trainer
+        self._watchdog.beat(f"evaluating after step {done}")
+        before = time.perf_counter()
+        found = trainer.job.evaluate(trainer.task, trainer.device, self._watchdog.beat)
+        self._reporter.evaluation({"step": done, "epoch": done / trainer.order.steps_per_epoch, **found})
+        self._watch.leave_out(time.perf_counter() - before)
 
     def _between_steps(self, done: int, total: int) -> bool:
         """Whether to stop here; saves what is due, and finishes what was begun before."""

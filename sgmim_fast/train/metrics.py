@@ -62,6 +62,10 @@ class Stopwatch:
     def waited(self, seconds: float) -> None:
         self._waited += seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the last log step was spent on something else than steps."""
+        self._mark += seconds
+
     def lap(self, images: int) -> dict[str, float]:
         """``images_per_second``, ``data_wait`` (share of the time) and ``time`` (seconds since the start)."""
         now = time.perf_counter()

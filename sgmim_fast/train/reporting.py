@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sgmim_fast.train.job import Job
 from sgmim_fast.train.metrics import Efficiency
-from sgmim_fast.train.sinks import JsonLines, MetricRow, Sink, TensorBoard
+from sgmim_fast.train.rewinding import EVALUATIONS, METRICS
+from sgmim_fast.train.sinks import JsonLines, MetricRow, Sink, TensorBoard, known_curves
 from sgmim_fast.train.wandb_sink import WandbSink
 
 
@@ -43,6 +44,7 @@ class Reporter:
         self._first, self._total = first_step, total_steps
         self._device, self._ranks = device, ranks
         self._console = Console()
+        self._evaluations: JsonLines | None = None
 
     def __enter__(self) -> Self:
         """Raises UserError if Weights & Biases cannot start."""
@@ -52,7 +54,9 @@ class Reporter:
         self._sinks: list[Sink] = []
         with ExitStack() as opened:  # what is open is closed again if the next one cannot be opened
             opened.callback(self._close, failed=True)
-            self._sinks.append(JsonLines(self.run, self._first))
+            self._sinks.append(JsonLines(self.run, self._first, METRICS))
+            if self.job.evaluates:
+                self._evaluations = JsonLines(self.run, self._first, EVALUATIONS)
             self._sinks.append(TensorBoard(self.run, self._first, self.job.kind))
             if self.job.config.monitor.wandb != "off":
                 self._sinks.append(WandbSink(self.run, self.job.config, self._first, self.job.kind, self.say))
@@ -81,6 +85,8 @@ class Reporter:
     def _close(self, failed: bool) -> None:
         while self._sinks:
             self._sinks.pop().close(failed)
+        if self._evaluations is not None:
+            self._evaluations.close(failed)
 
     def step(self, step: int) -> None:
         """``step`` optimizer steps are done."""
@@ -104,6 +110,17 @@ class Reporter:
         self._progress.update(self._task, note=note)
         if not self._console.is_terminal:
             self.say(f"step {row['step']}/{self._total} {note}")
+
+    def evaluation(self, row: MetricRow) -> None:
+        """One row of figures on the images that are not trained on."""
+        if not self.chief:
+            return
+        assert self._evaluations is not None
+        self._evaluations.row(row)
+        figures = dict(known_curves(row))
+        for sink in self._sinks[1:]:  # all but metrics.jsonl
+            sink.row({"step": row["step"], "epoch": row["epoch"], **{f"val_{n}": v for n, v in figures.items()}})
+        self.say(f"evaluated after step {row['step']}: " + " ".join(f"{n} {v:.4g}" for n, v in figures.items()))
 
     def say(self, line: str) -> None:
         """One line for the reader, above the progress bar."""

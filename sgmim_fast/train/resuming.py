@@ -71,14 +71,16 @@ def check_same_run(
     was: Mapping[str, Any],
     config: RunConfig,
     loaders: tuple[LoaderState, LoaderState],
-    shapes: Sequence[str],
+    fixed: Sequence[str],
+    free: Sequence[str],
 ) -> None:
     """Refuse to go on from a checkpoint with settings that change the mathematics, unless they are named.
 
     Args:
         was: fields of the configuration that the checkpoint was written with.
         loaders: the checkpoint's state and this run's.
-        shapes: settings, or beginnings of their names, that the stored state has the shape of beside FIXED.
+        fixed: see ``Job.fixed``; beside FIXED.
+        free: see ``Job.free``; beside FREE.
 
     Raises:
         UserError: for the first difference that is not allowed.
@@ -87,9 +89,13 @@ def check_same_run(
     for name in config.allow_changes:
         if name not in now:
             raise UserError(f"--allow-changes {name} is no setting; name them as in schedule.epochs optimizer.lr")
-    changed = [name for name in sorted(now) if name in before and before[name] != now[name] and name not in FREE]
+    changed = [
+        name
+        for name in sorted(now)
+        if name in before and before[name] != now[name] and name not in FREE and not name.startswith(tuple(free))
+    ]
     for name in changed:
-        if name in FIXED or name.startswith(tuple(shapes)):
+        if name in FIXED or name.startswith(tuple(fixed)):
             raise _other(folder, name, before[name], now[name])
     there, here = loaders
     if there.step_size != here.step_size:

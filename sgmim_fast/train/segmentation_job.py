@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.config import SegmentationConfig, SegmentationRunConfig
+from sgmim_fast.data.dense.folders import Split
 from sgmim_fast.data.dense.opening import open_labels
 from sgmim_fast.data.dense.samples import DenseSamples
 from sgmim_fast.tasks.evaluation import SegmentationCounts
@@ -35,7 +36,7 @@ class SegmentationJob(FinetuneJob[SegmentationRunConfig]):
     def crop(self) -> tuple[int, int]:
         return self.config.data.crop_size
 
-    def open_split(self, split: str) -> DenseSamples:
+    def open_split(self, split: Split) -> DenseSamples:
         return open_labels(self.config.data, split, classes=self.config.segmentation.classes)
 
     def target(self, size: int, height: int, width: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from sgmim_fast.train.rewinding import METRICS, rewind_metrics
+from sgmim_fast.train.rewinding import rewind_rows
 
 MetricRow = Mapping[str, float | int | None]
 
@@ -22,18 +22,18 @@ class Sink(Protocol):
     """Takes the rows of a run, on rank 0."""
 
     def row(self, row: MetricRow) -> None:
-        """One row; its ``step`` is larger than that of every row before."""
+        """One row; its ``step`` is not smaller than that of any row before."""
 
     def close(self, failed: bool) -> None:
         """No row follows."""
 
 
 class JsonLines:
-    """``metrics.jsonl``: a line as soon as there is a row; what follows ``first_step`` there is moved aside before."""
+    """A file with a line as soon as there is a row; what follows ``first_step`` there is moved aside before."""
 
-    def __init__(self, run: Path, first_step: int) -> None:
-        rewind_metrics(run, first_step)
-        self._file = (run / METRICS).open("a", buffering=1)
+    def __init__(self, run: Path, first_step: int, name: str) -> None:
+        rewind_rows(run, first_step, name)
+        self._file = (run / name).open("a", buffering=1)
 
     def row(self, row: MetricRow) -> None:
         self._file.write(json.dumps(row) + "\n")
