@@ -20,6 +20,7 @@ LAYERS = (
     ("ops",),
     ("models", "weight_layouts"),
     ("weights", "data"),
+    ("backbones",),
     ("tasks",),
     ("train",),
     # sgmim_fast is the package's own __init__
@@ -27,8 +28,8 @@ LAYERS = (
     ("cli",),
 )
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
-# Where models are built and timed these may be missing: kernels to weights, the package's own __init__ included.
-LIGHT = {room for layer in LAYERS[: DEPTH["models"] + 1] for room in layer} | {"weights", PACKAGE}
+# Where models are built and timed these may be missing: kernels to backbones, the package's own __init__ included.
+LIGHT = {room for layer in LAYERS[: DEPTH["models"] + 1] for room in layer} | {"weights", "backbones", PACKAGE}
 HEAVY = ("deepspeed", "pydantic", "tyro", "xformers", "apex", "nvidia")
 WHEN_ASKED = {"attention": "xformers", "nvidia_apex": "apex"}  # imported inside a function, by name of the user's
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
