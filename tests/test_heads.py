@@ -6,8 +6,11 @@ from dense_cases import Maps, tiny_image
 from torch import nn
 
 from sgmim_fast import UserError
+from sgmim_fast.models.batch_norm import SyncedBatchNorm
+from sgmim_fast.models.heads.dpt import DPTHead
 from sgmim_fast.models.heads.glp import GLPHead, from_mim_depth
 from sgmim_fast.models.heads.maps import upsample_to_image
+from sgmim_fast.models.heads.upernet import FCNHead, UPerNetHead
 
 
 def glp(filters: int = 8, max_depth: float = 10.0) -> tuple[Maps, GLPHead]:
@@ -110,6 +113,110 @@ def test_bf16_head_predicts_in_float32() -> None:
     maps, head = glp()
     features = maps.bfloat16()(tiny_image().bfloat16())
     assert head.bfloat16()(features, (64, 96)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (16, 16, 16, 16), (8, 8, 8, 8)])
+@pytest.mark.parametrize("size", [(64, 96), (50, 70), (33, 1)])
+def test_dpt_is_of_the_image_size(strides: tuple[int, ...], size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    maps = Maps((8, 8, 8, 8), strides)
+    head = DPTHead(maps.channels, maps.strides, 2, 10.0)
+    depth = head(maps(tiny_image(size=size)), size)
+    assert (depth.shape, depth.dtype) == ((2, 1, *size), torch.float32)
+    assert 0 < depth.min() < depth.max() < 10
+    depth.log().sum().backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_dpt_reads_every_map() -> None:
+    maps = Maps()
+    head = DPTHead(maps.channels, maps.strides, 2, 10.0).eval()
+    features = maps(tiny_image())
+    before = head(features, (64, 96))
+    for number in range(4):
+        changed = [feature + (place == number) for place, feature in enumerate(features)]
+        assert not torch.equal(head(changed, (64, 96)), before)
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16), (4, 8, 16, 64), (14, 14, 14, 14)])
+def test_dpt_says_which_maps_it_takes(strides: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r'"dpt" takes four maps whose strides divide 32'):
+        DPTHead((8,) * len(strides), strides, 2, 10.0)
+
+
+def test_upernet_is_that_of_transformers() -> None:
+    """An independent UPerNet with the same weights gives the same logits, at the first map's stride."""
+    from transformers import UperNetConfig
+    from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
+    torch.manual_seed(0)
+    maps = Maps()
+    config = UperNetConfig(
+        hidden_size=6, num_labels=4, auxiliary_channels=5, auxiliary_num_convs=1, backbone_config={"model_type": "swin"}
+    )
+    theirs = UperNetHead(config, list(maps.channels)).train()
+    ours = UPerNetHead(maps.channels, 4, 6, 4, dropout=0.0)
+    names = {
+        "decoder.psp.out_conv.": "bottleneck.",
+        "decoder.fusion_block.": "fpn_bottleneck.",
+        "classifier.1.": "classifier.",
+        # the library goes from the coarsest lateral map to the finest
+        **{f"decoder.psp.blocks.{n}.1.": f"psp_modules.{n}.1." for n in range(4)},
+        **{f"decoder.fpn_lateral_blocks.{n}.conv_norm_relu.": f"lateral_convs.{2 - n}." for n in range(3)},
+        **{f"decoder.fpn_conv_blocks.{n}.": f"fpn_convs.{2 - n}." for n in range(3)},
+    }
+    load_renamed(ours, theirs, names)
+    features = [feature.detach() for feature in maps(tiny_image())]
+    expected = nn.functional.interpolate(theirs(list(features)), size=(64, 96), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(ours(features, (64, 96)), expected, rtol=1e-4, atol=1e-5)
+
+    auxiliary = UperNetFCNHead(config, list(maps.channels)).train()
+    own = FCNHead(maps.channels[2], 16, 5, 4, dropout=0.0)
+    load_renamed(own, auxiliary, {"convolve.": "convs.0.", "classifier.1.": "classifier."})
+    expected = nn.functional.interpolate(auxiliary(features), size=(64, 96), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(own(features[2], (64, 96)), expected, rtol=1e-4, atol=1e-5)
+
+
+def load_renamed(ours: nn.Module, theirs: nn.Module, prefixes: dict[str, str]) -> None:
+    """Give ``ours`` the weights of ``theirs``: by prefix, then convolution and norm by their own names."""
+    source = theirs.state_dict()
+    state = {}
+    for name in ours.state_dict():
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        rest = name.removeprefix(prefix)
+        if rest not in ("weight", "bias"):
+            rest = rest.replace("0.", "conv.").replace("1.", "batch_norm.")
+        state[name] = source.pop(prefixes[prefix] + rest)
+    assert not source
+    ours.load_state_dict(state)
+
+
+def test_upernet_does_not_normalise_maps_again() -> None:
+    """A backbone's maps are normalised already; scaling one of them must show."""
+    maps = Maps()
+    head = UPerNetHead(maps.channels, 4, 8, 3, dropout=0.0).eval()
+    assert not any(isinstance(module, nn.LayerNorm) for module in head.modules())
+    features = maps(tiny_image())
+    before = head(features, (64, 96))
+    for number in range(4):
+        changed = [feature * (2 if place == number else 1) for place, feature in enumerate(features)]
+        assert not torch.allclose(head(changed, (64, 96)), before)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (50, 70), (33, 1)])
+def test_upernet_is_of_the_image_size(size: tuple[int, int]) -> None:
+    maps = Maps()
+    features = maps(tiny_image(size=size))
+    assert UPerNetHead(maps.channels, 4, 8, 3, dropout=0.1)(features, size).shape == (2, 3, *size)
+    assert FCNHead(maps.channels[2], 16, 8, 3, dropout=0.1)(features[2], size).shape == (2, 3, *size)
+
+
+def test_batch_norms_of_the_library_are_replaced() -> None:
+    maps = Maps()
+    for head in (UPerNetHead(maps.channels, 4, 8, 3, 0.0), DPTHead(maps.channels, maps.strides, 2, 10.0)):
+        kinds = {type(module) for module in head.modules() if isinstance(module, nn.BatchNorm2d)}
+        assert kinds == {SyncedBatchNorm}
 
 
 def test_upsampling_does_not_shift_maps_of_odd_sizes() -> None:

@@ -1,6 +1,7 @@
 """Losses with numbers worked out by hand and at their edges; tasks from a loader's batch to loss and prediction."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sgmim_fast import UserError
 from sgmim_fast.config import DepthConfig, DepthEvalConfig, SegmentationConfig, SegmentationEvalConfig
 from sgmim_fast.tasks.depth import DepthTask
 from sgmim_fast.tasks.losses import pixel_cross_entropy, silog_loss
+from sgmim_fast.tasks.segmentation import SegmentationTask
 
 
 def silog(prediction: Tensor, target: Tensor, lambd: float = 0.5) -> Tensor:
@@ -102,7 +104,7 @@ def depth_batch(size: tuple[int, int] = (64, 96)) -> dict[str, Tensor]:
     return {"image": tiny_image(size=size), "depth": depth}
 
 
-@pytest.mark.parametrize("head", ["glp"])
+@pytest.mark.parametrize("head", ["glp", "dpt"])
 @pytest.mark.parametrize("size", [(64, 96), (45, 67)])
 def test_depth_task(head: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -131,6 +133,80 @@ def test_depth_task_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+def label_batch(size: tuple[int, int] = (64, 96), classes: int = 5) -> dict[str, Tensor]:
+    label = torch.randint(0, classes, (2, *size), generator=torch.Generator().manual_seed(4))
+    label[:, :, -9:] = 255
+    return {"image": tiny_image(size=size), "label": label}
+
+
+def segmentation(**fields: float) -> SegmentationTask:
+    torch.manual_seed(0)
+    tiny: dict[str, Any] = {"classes": 5, "head_channels": 8, "auxiliary_channels": 4, "dropout": 0.0}
+    return SegmentationTask(Maps(), SegmentationConfig(**tiny | fields))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (45, 67)])
+def test_segmentation_task(size: tuple[int, int]) -> None:
+    task = segmentation()
+    batch = label_batch(size)
+    output = task(batch)
+    assert output._fields == ("loss", "segmentation_loss", "auxiliary_loss")
+    torch.testing.assert_close(output.loss, output.segmentation_loss + 0.4 * output.auxiliary_loss)
+    torch.testing.assert_close(
+        output.segmentation_loss, pixel_cross_entropy(task.predict(batch["image"]), batch["label"])
+    )
+    assert output.auxiliary_loss != output.segmentation_loss
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in task.parameters())
+    logits = task.eval().predict(batch["image"])
+    assert (logits.shape, logits.dtype) == ((2, 5, *size), torch.float32)
+
+
+def test_segmentation_without_auxiliary_head() -> None:
+    task = segmentation(auxiliary_weight=0.0)
+    output = task(label_batch())
+    assert output.auxiliary_loss is None
+    assert torch.equal(output.loss, output.segmentation_loss)
+    assert not any(name.startswith("auxiliary") for name, _ in task.named_parameters())
+
+
+def test_auxiliary_head_needs_a_third_map() -> None:
+    with pytest.raises(UserError, match="reads the backbone's third map, and there are 2"):
+        SegmentationTask(Maps((8, 8), (4, 8)), SegmentationConfig())
+
+
+def test_batch_of_ignored_pixels_teaches_nothing() -> None:
+    task = segmentation()
+    batch = label_batch()
+    output = task({**batch, "label": torch.full_like(batch["label"], 255)})
+    output.loss.backward()
+    assert output.loss.item() == 0.0
+    assert not any(parameter.grad.any() for parameter in task.parameters())  # type: ignore[union-attr]
+
+
+def test_segmentation_task_learns() -> None:
+    """Which of three channels is the largest on average in 4 x 4 pixels."""
+    task = segmentation(classes=3)
+    image = tiny_image().repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :64, :96]
+    batch = {"image": image, "label": image.argmax(1)}
+    optimizer = torch.optim.AdamW(task.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = task(batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_bf16_segmentation_task_has_float32_losses() -> None:
+    task = segmentation().bfloat16()
+    batch = label_batch()
+    assert {loss.dtype for loss in task(batch)} == {torch.float32}
+    assert task.predict(batch["image"]).dtype == torch.float32
 
 
 def test_bf16_depth_task_has_a_float32_loss() -> None:

@@ -23,7 +23,7 @@ from sgmim_fast.masking import CELL
 from sgmim_fast.models.registry import create_model
 from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.ops import standardize_structure
-from sgmim_fast.report.colors import colorize
+from sgmim_fast.colors import colorize
 from sgmim_fast.weights import load_weights
 
 IMAGE_ERROR = 0.4

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from sgmim_fast.config import DepthConfig
+from sgmim_fast.models.heads.dpt import DPTHead
 from sgmim_fast.models.heads.glp import GLPHead
 from sgmim_fast.tasks.losses import silog_loss
 
@@ -48,4 +49,6 @@ class DepthTask(nn.Module):
 
 def make_depth_head(channels: tuple[int, ...], strides: tuple[int, ...], config: DepthConfig) -> nn.Module:
     """The head that ``config`` names, for maps of those channels and strides."""
+    if config.head == "dpt":
+        return DPTHead(channels, strides, config.head_channels, config.max_depth)
     return GLPHead(channels, strides[-1], config.head_channels, config.max_depth)
