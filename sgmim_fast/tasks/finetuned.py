@@ -25,15 +25,10 @@ def kind_of(config: TaskConfig) -> str:
     return "depth" if isinstance(config, DepthConfig) else "segmentation"
 
 
-def backbone_options(config: TaskConfig, encoder: str, blocks: int) -> dict[str, Any]:
-    """Which maps the head of ``config`` reads: fields of ``BackboneConfig``.
-
-    Args:
-        encoder: of the backbone.
-        blocks: of a ViT; stages of a Swin.
-    """
+def backbone_options(config: TaskConfig) -> dict[str, Any]:
+    """What the head of ``config`` asks of a backbone: fields of ``BackboneConfig``."""
     if isinstance(config, DepthConfig) and config.head == "glp":  # it reads the last map alone, at its own resolution
-        return {"norm": "last", "out_indices": (blocks - 1,), "pyramid": False}
+        return {"norm": "last", "pyramid": False}
     return {"norm": "all"}
 
 
