@@ -13,7 +13,7 @@ from sgmim_fast import ops
 from sgmim_fast.config import BackboneConfig, ModelConfig
 from sgmim_fast.models.encoder import ImageEncoder
 from sgmim_fast.models.layers import BlockStage, Dispatched, DropPath, Mlp, QkvLinear, init_trunc_normal
-from sgmim_fast.models.position_tables import resize_table
+from sgmim_fast.position_tables import resize_table
 
 
 class Attention(Dispatched):
@@ -66,7 +66,7 @@ class SharedRelativePositionBias(nn.Module):
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """The table for maps of ``grid`` (H, W); resized if it was made for others."""
         table = self.relative_position_bias_table
-        return table if grid == self.grid else resize_table(table, self.grid, grid)
+        return table if grid == self.grid else resize_table(table, self.grid, grid, "bicubic")
 
 
 class ViTEncoder(ImageEncoder, BlockStage):
