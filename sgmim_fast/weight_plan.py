@@ -63,6 +63,8 @@ def make_plan(
     unused, unknown = list(reading.unused), list(reading.unknown)
     for name, theirs in reading.held.items():
         mine = to_model(name, target, outputs)
+        if mine == "mask_token" and mine not in own:
+            mine = None  # an encoder in use has none
         if mine is None or (mine not in own and target == "backbone" and fits and is_beyond(name, wanted)):
             unused += theirs
         elif mine not in own:

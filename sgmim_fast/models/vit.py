@@ -4,6 +4,7 @@ Parameter names and shapes are those of SimMIM's code (arXiv 2111.09886), which 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +77,7 @@ class ViTEncoder(ImageEncoder, BlockStage):
         shape = self.shape
         rows, columns = shape.stage_map(0)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.embed_dim))
-        self.map = (rows, columns)
-        self.rel_pos_bias = SharedRelativePositionBias(self.map, shape.num_heads[0])
+        self.rel_pos_bias = SharedRelativePositionBias((rows, columns), shape.num_heads[0])
         rates = torch.linspace(0, shape.drop_path_rate, shape.depths[0], device="cpu").tolist()
         self.draws = max(rates) > 0.0
         blocks = [Block(shape, rate) for rate in rates[: shape.out_indices[-1] + 1]]
@@ -101,14 +101,18 @@ class ViTEncoder(ImageEncoder, BlockStage):
     def block_stages(self) -> list[BlockStage]:
         return [self]
 
-    def maps(self, x: Tensor) -> list[Tensor]:
+    def levels(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         grid = (x.shape[1], x.shape[2])
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
         table = self.rel_pos_bias(grid)
         found = []
-        for number, block in enumerate(self.blocks):
+        for number, block in zip(range(max(wanted) + 1), self.blocks, strict=False):
             x = self.run_block(block, x, table, grid)
-            found += [x] * self.shape.out_indices.count(number)
+            found += [x] * wanted.count(number)
+        return found
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        found = self.levels(x, self.shape.out_indices)
         if self.norm is not None:
             found[-1] = self.norm(found[-1])
-        return [tokens[:, 1:].unflatten(1, grid) for tokens in found]
+        return [tokens[:, 1:].unflatten(1, (x.shape[1], x.shape[2])) for tokens in found]
