@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.position_tables import Resampling, resize_table, square_side
-from sgmim_fast.weight_layouts import EncoderShape, Reading, Target, encoder_shape, is_beyond, to_model
+from sgmim_fast.weight_layouts import STAGE_NORMS, EncoderShape, Reading, Target, encoder_shape, is_beyond, to_model
 
 _LISTED = 8  # names that one message spells out
 _TABLE = "relative_position_bias_table"
+_NORM = "encoder.norm."
 _CLASS_ROWS = 3  # of a ViT's table: class token to patch, patch to class token, class token to itself
 Grid = tuple[int, int]
 
@@ -63,6 +64,10 @@ def make_plan(
     unused, unknown = list(reading.unused), list(reading.unknown)
     for name, theirs in reading.held.items():
         mine = to_model(name, target, outputs)
+        if mine not in own and name.startswith(_NORM):
+            # A backbone that ends before the last stage has no norm of the encoder's, but may have one for its own end.
+            rest = name.removeprefix(_NORM)
+            mine = to_model(f"{STAGE_NORMS}{len(held.depths) - 1}.{rest}", target, outputs) or mine
         if mine is None or (mine not in own and target == "backbone" and fits and is_beyond(name, wanted)):
             unused += theirs
         elif mine not in own:
