@@ -241,15 +241,17 @@ def _pretrain(argv: Sequence[str]) -> int:
 
     from sgmim_fast.launching import launch
     from sgmim_fast.train.arguments import parse_config
+    from sgmim_fast.train.programs import PRETRAIN
 
-    config, _ = parse_config(rest)  # what is wrong is said here, once, before any rank starts
+    config, _ = parse_config(rest, PRETRAIN)  # what is wrong is said here, once, before any rank starts
     if known.num_gpus is not None and known.num_gpus < 1:
         raise UserError(f"--num-gpus {known.num_gpus} must be 1 or more")
     count = known.num_gpus or torch.cuda.device_count() or 1
     if config.dry_run:
         from sgmim_fast.train.dry_run import dry_run
+        from sgmim_fast.train.pretrain_job import PretrainJob
 
-        dry_run(config, count)
+        dry_run(PretrainJob(config), count)
         return 0
     if torch.cuda.is_available() and count > torch.cuda.device_count():
         raise UserError(
@@ -270,10 +272,11 @@ def _report(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from sgmim_fast.models.registry import create_model
     from sgmim_fast.train.arguments import load_config
+    from sgmim_fast.train.programs import PRETRAIN
     from sgmim_fast.train.run_folder import WEIGHTS, latest_checkpoint
     from sgmim_fast.weights import load_weights, save_weights
 
-    config = load_config(arguments.run / "config.json")
+    config = load_config(arguments.run / "config.json", PRETRAIN)
     checkpoint = latest_checkpoint(arguments.run)
     if checkpoint is None:
         raise UserError(f"{arguments.run} has no checkpoint yet; train it first")

@@ -19,6 +19,8 @@ STREAM_CROP = 0
 STREAM_MASK = 1
 STREAM_ORDER = 2  # of an epoch as a whole, drawn as if about sample 0
 STREAM_SUBSTITUTE = 3
+STREAM_COLOR = 4
+STREAM_CUTDEPTH = 5
 
 
 def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:

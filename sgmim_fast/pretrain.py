@@ -3,7 +3,7 @@
 import os
 import sys
 
-from sgmim_fast.errors import EXIT_PREEMPTED, one_line_errors
+from sgmim_fast.errors import one_line_errors
 
 
 def main() -> None:
@@ -14,19 +14,14 @@ def main() -> None:
         # DeepSpeed decides at import which accelerator it serves; said outright, it does not warn.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from sgmim_fast.train.arguments import parse_config
+    from sgmim_fast.train.programs import PRETRAIN
 
     with one_line_errors():
-        config, recipe = parse_config(sys.argv[1:])
-        if config.dry_run:
-            from sgmim_fast.train.dry_run import dry_run
+        config, recipe = parse_config(sys.argv[1:], PRETRAIN)
+        from sgmim_fast.train.entry import start
+        from sgmim_fast.train.pretrain_job import PretrainJob
 
-            if os.environ.get("RANK", "0") == "0":
-                dry_run(config, int(os.environ.get("WORLD_SIZE", "1")))
-            return
-        from sgmim_fast.train.engine import pretrain
-
-        if not pretrain(config, recipe):
-            raise SystemExit(EXIT_PREEMPTED)
+        start(PretrainJob(config), recipe)
 
 
 if __name__ == "__main__":

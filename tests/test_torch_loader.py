@@ -15,7 +15,7 @@ import torch
 
 from sgmim_fast.data.batches import Loader
 from sgmim_fast.data.manifest import Manifest, read_manifest
-from sgmim_fast.data.torch_loader import PairDataset, SampleKey, evaluation_batch
+from sgmim_fast.data.pair_samples import PairDataset, SampleKey, evaluation_batch
 from sgmim_fast.errors import UserError
 from sgmim_fast.masking import STREAM_MASK, draw_cell_mask, sample_rng
 from tests.pair_sets import gradient, load, red_of, settings, take, write_pairs

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -11,10 +11,14 @@ from sgmim_fast.data.order import SampleOrder
 from sgmim_fast.data.substitution import Substitutes
 from sgmim_fast.masking import STREAM_MASK, draw_cell_mask, sample_rng
 
+Sample = dict[str, Any]
+"""Tensors of one sample, and its dataset ``index``."""
+
 Batch = dict[str, torch.Tensor]
-"""float32 ``image`` (B,3,S_h,S_w), normalised; float32 ``structure`` (B,C,S_h,S_w), raw values, absent with guidance
-"none"; bool ``mask`` (B,Gh,Gw), True where the image is masked; int32 ``masked`` (B,K) and ``visible`` (B,Gh*Gw-K),
-cell indices ascending; int64 ``index`` (B,), positions in the data set."""
+"""float32 ``image`` (B,3,S_h,S_w), normalised, and int64 ``index`` (B,), positions in the data set. Of pre-training
+also float32 ``structure`` (B,C,S_h,S_w), raw values, absent with guidance "none"; bool ``mask`` (B,Gh,Gw), True where
+the image is masked; int32 ``masked`` (B,K) and ``visible`` (B,Gh*Gw-K), cell indices ascending. Of a dense task float32
+``depth`` (B,1,S_h,S_w), metres, 0 where invalid, or int64 ``label`` (B,S_h,S_w), 255 where ignored."""
 
 
 class Loader(ABC):

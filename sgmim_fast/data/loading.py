@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from sgmim_fast.config import PretrainConfig
 from sgmim_fast.data.batches import Loader
 from sgmim_fast.data.members import Pairs
 from sgmim_fast.data.order import BEGIN, Place, SampleOrder
+from sgmim_fast.data.pair_samples import PairDataset, SampleKey
 from sgmim_fast.data.substitution import BadSample, Substitutes
 from sgmim_fast.data.torch_loader import TorchLoader
 from sgmim_fast.errors import UserError
@@ -41,7 +43,16 @@ def build_loader(
     substitutes = Substitutes(len(pairs), config.train.seed, config.data.max_bad_share, tell)
     on_gpu = device is not None and device.type == "cuda"
     if choose_loader(pairs, config)[0] == "torch":
-        return TorchLoader(pairs, config, order, substitutes, rank=rank, place=place, pin_memory=on_gpu)
+        return TorchLoader(
+            PairDataset(config),
+            partial(SampleKey.of, pairs, config),
+            order,
+            substitutes,
+            workers=config.data.workers,
+            rank=rank,
+            place=place,
+            pin_memory=on_gpu,
+        )
     from sgmim_fast.data.dali_loader import DaliLoader
 
     if config.data.decode_on == "gpu" and not on_gpu:

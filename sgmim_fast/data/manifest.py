@@ -169,35 +169,57 @@ def _read_verified_pairs(source: Path, path: Path, structure: bool) -> Manifest:
 def _folder_pairs(root: Path, structure: bool, may_lack: Callable[[bytes], bool]) -> list[bytes]:
     if not (root / "images").is_dir():
         raise UserError(f"{root} has no images/ folder; put the images there and the maps into structure/")
-    maps_folder = next((name for name in _MAP_FOLDERS if (root / name).is_dir()), None) if structure else None
+    maps = next((name for name in _MAP_FOLDERS if (root / name).is_dir()), None) if structure else None
+    entries = pair_folders(root, "images", maps, may_lack=may_lack)
+    if structure and maps is None:
+        raise UserError(
+            f"{root} has no structure/ folder; add the maps, or do without "
+            "(--model.guidance none, or sgmim verify --images-only)"
+        )
+    return entries
+
+
+def pair_folders(
+    root: Path,
+    images: str,
+    maps: str | None,
+    suffixes: frozenset[str] = STRUCTURE_SUFFIXES,
+    may_lack: Callable[[bytes], bool] = lambda _: False,
+) -> list[bytes]:
+    """Every image below one folder with the map of the same path and stem below another, unsorted; see ``entry_of``.
+
+    Args:
+        images: the folder of the images, relative to the root.
+        maps: the folder of the maps; None pairs nothing.
+        suffixes: of the maps.
+        may_lack: which images (their paths as bytes) may lack a map.
+
+    Raises:
+        UserError: if there is no image, or an image lacks a map; it names the first.
+    """
     entries: list[bytes] = []
     missing: list[str] = []
     pending = [""]
     while pending:  # folder by folder, so that only one folder's stems are held
         below = pending.pop()
-        images, folders = list_folder(root, f"images/{below}", IMAGE_SUFFIXES)
+        found, folders = list_folder(root, f"{images}/{below}", IMAGE_SUFFIXES)
         pending += (f"{below}{folder}/" for folder in folders)
-        maps: dict[str, str] = {}
-        if images and maps_folder and (root / maps_folder / below).is_dir():
-            maps, _ = list_folder(root, f"{maps_folder}/{below}", STRUCTURE_SUFFIXES)
-        entries += (entry_of((image, maps.get(stem))) for stem, image in images.items())
-        if maps_folder:
-            lacking = (images[stem] for stem in images.keys() - maps.keys())
+        of_stem: dict[str, str] = {}
+        if found and maps and (root / maps / below).is_dir():
+            of_stem, _ = list_folder(root, f"{maps}/{below}", suffixes)
+        entries += (entry_of((image, of_stem.get(stem))) for stem, image in found.items())
+        if maps:
+            lacking = (found[stem] for stem in found.keys() - of_stem.keys())
             missing += (image for image in lacking if not may_lack(os.fsencode(image)))
     if not entries:
-        raise UserError(f"{root / 'images'} holds no images; known suffixes: {', '.join(sorted(IMAGE_SUFFIXES))}")
-    if structure and maps_folder is None:
-        raise UserError(
-            f"{root} has no structure/ folder; add the maps, or do without "
-            "(--model.guidance none, or sgmim verify --images-only)"
-        )
+        raise UserError(f"{root / images} holds no images; known suffixes: {', '.join(sorted(IMAGE_SUFFIXES))}")
     if missing:
         first = min(missing)
-        stem = os.path.splitext(first.removeprefix("images/"))[0]
+        stem = os.path.splitext(first.removeprefix(f"{images}/"))[0]
         others = f" (nor have {len(missing) - 1} other images)" if len(missing) > 1 else ""
         raise UserError(
-            f"{root / first} has no map {maps_folder}/{stem} with one of the suffixes "
-            f"{', '.join(sorted(STRUCTURE_SUFFIXES))}{others}; add the maps, or remove these images"
+            f"{root / first} has no map {maps}/{stem} with one of the suffixes "
+            f"{', '.join(sorted(suffixes))}{others}; add the maps, or remove these images"
         )
     return entries
 

@@ -89,6 +89,42 @@ def read_structure(source: Source, channels: int) -> np.ndarray:
     return values
 
 
+def read_grey(source: Source) -> np.ndarray:
+    """A map of one channel as stored, (H, W): uint8, uint16, int32, float32 or an array's own type, finite or not.
+
+    Raises:
+        UserError: if the file is unreadable, has several channels, or would lose precision; it names the file.
+    """
+    file = _encoded(source)
+    values = _channels_first(file, _load_npy(file), 1) if is_array(file.name) else _read_picture(file)
+    if len(values) != 1:
+        raise UserError(f"{file.name}: has {len(values)} channels, but a map of one was expected; save it as grey PNG")
+    return values[0]
+
+
+def read_labels(source: Source) -> np.ndarray:
+    """A map of class indices as stored, (H, W) uint8; of a palette picture the indices, whatever their colours.
+
+    Raises:
+        UserError: if the file is unreadable, or holds anything but one index of 8 bits a pixel; it names the file.
+    """
+    file = _encoded(source)
+    with _opened(file) as image:
+        if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+            raise UserError(
+                f"{file.name}: holds colours ({image.mode}) where class indices are expected; save one index a pixel "
+                "as 8-bit grey PNG"
+            )
+        raw = str(image.tile[0].args) if image.tile else ""
+        # Pillow stretches grey of 2 and 4 bits to 0..255; the indices of a palette it leaves alone.
+        if image.mode not in ("L", "P") or "L;2" in raw or "L;4" in raw or image.format == "JPEG":
+            raise UserError(
+                f"{file.name}: label maps must be 8-bit grey or palette pictures, and not JPEG; save it as PNG"
+            )
+        _refuse_turned_tiff(file, image)
+        return np.array(image)
+
+
 def image_size(source: Source, channels: int = 1) -> tuple[int, int]:
     """(height, width) in pixels of an image or a map, from its header; a TIFF to be turned is refused.
 

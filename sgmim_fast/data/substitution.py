@@ -27,10 +27,18 @@ class Substitutes:
         samples: pairs of the data set.
         max_share: more bad pairs than this share of ``samples`` end the run.
         tell: called with every bad sample, for logs.
+        remedy: what to do once there are too many.
     """
 
-    def __init__(self, samples: int, seed: int, max_share: float, tell: Callable[[BadSample], None]) -> None:
-        self.samples, self.seed, self.max_share, self.tell = samples, seed, max_share, tell
+    def __init__(
+        self,
+        samples: int,
+        seed: int,
+        max_share: float,
+        tell: Callable[[BadSample], None],
+        remedy: str = "`sgmim verify` finds them all",
+    ) -> None:
+        self.samples, self.seed, self.max_share, self.tell, self.remedy = samples, seed, max_share, tell, remedy
         self.count = 0
         """Substitutions so far."""
         self._bad: set[int] = set()
@@ -64,5 +72,5 @@ class Substitutes:
             raise error
         raise UserError(
             f"{error} ({len(self._bad)} of {self.samples} pairs are bad, more than --data.max-bad-share "
-            f"{self.max_share} allows; `sgmim verify` finds them all)"
+            f"{self.max_share} allows; {self.remedy})"
         ) from error

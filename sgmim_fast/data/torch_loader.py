@@ -1,10 +1,7 @@
-"""The loader built on torch's DataLoader and Pillow.
+"""The loader built on torch's DataLoader; what a sample is, others say.
 
 A batch is a function of (seed, epoch, step, rank) alone: no state is carried from one to the next, so
 a run resumes at any step and any number of worker processes gives the same batches.
-
-Shapes: B pairs a micro-batch, S_h x S_w image pixels, C structure channels, Gh x Gw mask cells of which
-K are masked.
 """
 
 import faulthandler
@@ -13,169 +10,121 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
-from sgmim_fast.config import PretrainConfig
-from sgmim_fast.data import augment, reading
-from sgmim_fast.data.batches import Batch, Loader, draw_mask
-from sgmim_fast.data.decoding import check_sizes
-from sgmim_fast.data.members import Member, Pairs
+from sgmim_fast.data.batches import Batch, Loader, Sample
 from sgmim_fast.data.order import BEGIN, Place, SampleOrder
 from sgmim_fast.data.substitution import Substitutes
 from sgmim_fast.errors import UserError
-from sgmim_fast.masking import STREAM_CROP, mask_indices, sample_rng
 
-Sample = dict[str, Any]
 _SHIELD = "sgmim_fast.data.shielded"  # a name: importing it here would shield this process
 
 
-class SampleKey(NamedTuple):
-    """What a worker needs to make one sample; it travels with the request, so no worker copies the list of pairs."""
+class Key(Protocol):
+    """Which sample, and in which epoch; beside that, where its files are."""
 
-    epoch: int
-    sample: int
-    image: Member
-    structure: Member | None
+    @property
+    def epoch(self) -> int: ...
 
-    @classmethod
-    def of(cls, pairs: Pairs, config: PretrainConfig, epoch: int, index: int) -> Self:
-        image, structure = pairs.members(index)
-        if config.model.guidance == "none":
-            return cls(epoch, index, image, None)
-        if structure is None:
-            raise ValueError("the data set was opened without structure maps, but the model's guidance needs them")
-        return cls(epoch, index, image, structure)
+    @property
+    def sample(self) -> int:
+        """Dataset index."""
 
 
-class PairDataset(Dataset[Sample]):
-    """Makes one sample from its key: ``image`` (3,S_h,S_w), ``structure`` (C,S_h,S_w), ``mask`` (Gh,Gw), ``index``.
-
-    The crop and the mask are drawn from (seed, epoch, dataset index), nothing else.
-
-    Args:
-        random_crop: False takes the whole image instead: short side to size, centre crop, no flip.
-    """
-
-    def __init__(self, config: PretrainConfig, *, random_crop: bool = True) -> None:
-        self.config = config
-        self.random_crop = random_crop
-
-    def __getitem__(self, key: SampleKey) -> Sample:
-        model, data, seed = self.config.model, self.config.data, self.config.train.seed
-        file = key.image.read()
-        pixels = np.asarray(reading.read_image(file))
-        height, width = pixels.shape[:2]
-        structure = None
-        if key.structure is not None:
-            map_file = key.structure.read()
-            structure = reading.read_structure(map_file, model.structure_channels)
-            check_sizes(file, map_file, (height, width), structure.shape[1:])
-        if self.random_crop:
-            rng = sample_rng(seed, key.epoch, key.sample, STREAM_CROP)
-            augmentation = augment.draw_augmentation(rng, height, width, data)
-        else:
-            augmentation = augment.central_augmentation(height, width, model.hw)
-        # Copied: the crop is then in one piece, and what was decoded can go.
-        box = torch.from_numpy(augment.crop(pixels, augmentation).copy())
-        sample: Sample = {
-            "image": augment.finish_image(box, augmentation.flip, model.hw),
-            "mask": draw_mask(self.config, key.epoch, key.sample),
-            "index": key.sample,
-        }
-        if structure is not None:
-            box = torch.from_numpy(augment.crop(structure.transpose(1, 2, 0), augmentation).transpose(2, 0, 1))
-            sample["structure"] = augment.finish_structure(box, augmentation.flip, model.hw)
-        return sample
-
-    def batch(self, keys: Sequence[SampleKey]) -> Batch:
-        """Collated samples: each tensor gains a leading B; ``masked`` (B,K) and ``visible`` (B,Gh*Gw-K) int32."""
-        return collated([self[key] for key in keys])
+K = TypeVar("K", bound=Key)
+K_in = TypeVar("K_in", bound=Key, contravariant=True)
 
 
-def collated(samples: list[Sample]) -> Batch:
-    """A batch of samples, with the index lists of its masks."""
-    batch: Batch = default_collate(samples)
-    batch["masked"], batch["visible"] = mask_indices(batch["mask"])
-    return batch
+class Samples(Protocol[K_in]):
+    """Makes samples, in worker processes: small, picklable, and without state."""
+
+    def __getitem__(self, key: K_in) -> Sample:
+        """One sample, a function of its key.
+
+        Raises:
+            UserError: if a file is bad; it names the file.
+        """
+
+    def collated(self, samples: Sequence[Sample]) -> Batch: ...
 
 
 class _Incomplete(NamedTuple):
-    """A batch with bad pairs: the training process, which knows the other pairs, completes it."""
+    """A batch with bad samples: the training process, which knows the other ones, completes it."""
 
     epoch: int
     indices: list[int]
     samples: list[Sample | UserError]
 
 
-class _BatchDataset(Dataset[Batch | _Incomplete]):
+class _BatchDataset(Dataset[Batch | _Incomplete], Generic[K]):
     """Whole batches by their keys; bad input is a value, because DataLoader would wrap it into a traceback."""
 
-    def __init__(self, pairs: PairDataset) -> None:
-        self.pairs = pairs
+    def __init__(self, samples: Samples[K]) -> None:
+        self.samples = samples
 
-    def __getitem__(self, keys: Sequence[SampleKey]) -> Batch | _Incomplete:
+    def __getitem__(self, keys: Sequence[K]) -> Batch | _Incomplete:
         samples = [self._sample(key) for key in keys]
         good = [sample for sample in samples if not isinstance(sample, UserError)]
         if len(good) == len(samples):
-            return collated(good)
+            return self.samples.collated(good)
         return _Incomplete(keys[0].epoch, [key.sample for key in keys], samples)
 
-    def _sample(self, key: SampleKey) -> Sample | UserError:
+    def _sample(self, key: K) -> Sample | UserError:
         try:
-            return self.pairs[key]
+            return self.samples[key]
         except UserError as error:
             return error
 
 
-class _BatchKeys:
+class _BatchKeys(Generic[K]):
     """The endless request list of one rank."""
 
-    def __init__(self, pairs: Pairs, config: PretrainConfig, order: SampleOrder, rank: int, place: Place) -> None:
-        self.pairs, self.config, self.order, self.rank, self.place = pairs, config, order, rank, place
+    def __init__(self, key: Callable[[int, int], K], order: SampleOrder, rank: int, place: Place) -> None:
+        self.key, self.order, self.rank, self.place = key, order, rank, place
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
+    def __iter__(self) -> Iterator[list[K]]:
         for epoch, indices in self.order.micro_batches(self.rank, self.place):
             yield [self.key(epoch, index) for index in indices.tolist()]
 
-    def key(self, epoch: int, index: int) -> SampleKey:
-        """The request for one sample."""
-        return SampleKey.of(self.pairs, self.config, epoch, index)
 
-
-class TorchLoader(Loader):
-    """Endless iterator over one rank's micro-batches; see ``build_loader``.
+class TorchLoader(Loader, Generic[K]):
+    """Endless iterator over one rank's micro-batches.
 
     Worker processes start with the first batch and end with ``close()``, a ``with`` block, or an error.
+
+    Args:
+        samples: goes to the worker processes.
+        key: the request for one sample by (epoch, dataset index); called in this process only.
+        workers: processes; with 0 this one makes the batches.
+        pin_memory: batches are page-locked.
     """
 
     def __init__(
         self,
-        pairs: Pairs,
-        config: PretrainConfig,
+        samples: Samples[K],
+        key: Callable[[int, int], K],
         order: SampleOrder,
         substitutes: Substitutes,
         *,
+        workers: int,
         rank: int,
         place: Place = BEGIN,
         pin_memory: bool = False,
     ) -> None:
         super().__init__(order, substitutes)
-        self._keys = _BatchKeys(pairs, config, order, rank, place)
-        self._samples = PairDataset(config)
-        workers = config.data.workers
+        self._samples, self._key = samples, key
         self._loader: DataLoader[Batch | _Incomplete] = DataLoader(
-            _BatchDataset(self._samples),
+            _BatchDataset(samples),
             batch_size=None,  # a key is a whole batch already
-            sampler=self._keys,
+            sampler=_BatchKeys(key, order, rank, place),
             num_workers=workers,
-            multiprocessing_context=_worker_context() if workers else None,
+            multiprocessing_context=_worker_context(type(samples).__module__) if workers else None,
             worker_init_fn=_begin_worker if workers else None,
             pin_memory=pin_memory,
             # Without its own generator DataLoader would draw from, and so shift, the training process's.
@@ -209,9 +158,9 @@ class TorchLoader(Loader):
 
     def _completed(self, batch: _Incomplete) -> Batch:
         def make(candidate: int) -> Sample:
-            return self._samples[self._keys.key(batch.epoch, candidate)]
+            return self._samples[self._key(batch.epoch, candidate)]
 
-        return collated([
+        return self._samples.collated([
             self.substitutes.replace(batch.epoch, index, sample, make) if isinstance(sample, UserError) else sample
             for index, sample in zip(batch.indices, batch.samples, strict=True)
         ])  # fmt: skip
@@ -240,13 +189,13 @@ class TorchLoader(Loader):
                 worker.kill()
 
 
-def _worker_context() -> BaseContext:
-    """A fork server: workers fork from a clean process that has imported this module once.
+def _worker_context(module: str) -> BaseContext:
+    """A fork server: workers fork from a clean process that has imported this module and another once.
 
     Forking the training process itself would copy locks that its communication and device threads hold.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, _SHIELD])
+    context.set_forkserver_preload([__name__, module, _SHIELD])
     return context
 
 
@@ -265,9 +214,3 @@ def _begin_worker(worker: int) -> None:
 
     faulthandler.register(signal.SIGUSR1)
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
-
-
-def evaluation_batch(pairs: Pairs, config: PretrainConfig, indices: Sequence[int]) -> Batch:
-    """Chosen samples to look at: whole images (short side to size, centre crop), masks of epoch 0."""
-    samples = PairDataset(config, random_crop=False)
-    return samples.batch([SampleKey.of(pairs, config, 0, index) for index in indices])

@@ -1,5 +1,7 @@
 """What the encoders share: they begin with patches, give maps, and stand masked cells in for in pre-training."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,13 @@ class ImageEncoder(nn.Module):
 
     def block_stages(self) -> list[BlockStage]:
         """The modules that run the blocks of each stage."""
+        raise NotImplementedError
+
+    def levels(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+        """What the stages or blocks ``wanted`` give, without norm, in the order they run; no later one does.
+
+        Embedded tokens (B, H / p, W / p, E) -> maps (B, H_i, W_i, C_i) of Swin, tokens (B, 1 + L, C) of ViT.
+        """
         raise NotImplementedError
 
     def maps(self, x: Tensor) -> list[Tensor]:

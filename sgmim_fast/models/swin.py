@@ -5,6 +5,7 @@ Token maps are channels-last: (B, H, W, C).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -197,14 +198,18 @@ class SwinEncoder(ImageEncoder):
     def block_stages(self) -> list[BlockStage]:
         return [layer for layer in self.layers if isinstance(layer, BlockStage)]
 
-    def maps(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for stage, layer in enumerate(self.layers):
+    def levels(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+        found = []
+        last = max(wanted)
+        for stage, layer in zip(range(last + 1), self.layers, strict=False):
             x = layer(x)
-            if stage in self.shape.out_indices:
-                maps.append(x)
-            if layer.downsample is not None:
+            found += [x] * (stage in wanted)
+            if stage < last:
                 x = layer.downsample(x)  # type: ignore[operator]
+        return found
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        found = self.levels(x, self.shape.out_indices)
         if self.norm is not None:
-            maps[-1] = self.norm(maps[-1])
-        return maps
+            found[-1] = self.norm(found[-1])
+        return found

@@ -4,6 +4,7 @@ Parameter names and shapes are those of SimMIM's code (arXiv 2111.09886), which 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class SharedRelativePositionBias(nn.Module):
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """The table for maps of ``grid`` (H, W); resized if it was made for others."""
         table = self.relative_position_bias_table
-        return table if grid == self.grid else resize_table(table, self.grid, grid)
+        return table if grid == self.grid else resize_table(table, self.grid, grid, "bicubic")
 
 
 class ViTEncoder(ImageEncoder, BlockStage):
@@ -101,14 +102,18 @@ class ViTEncoder(ImageEncoder, BlockStage):
     def block_stages(self) -> list[BlockStage]:
         return [self]
 
-    def maps(self, x: Tensor) -> list[Tensor]:
+    def levels(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         grid = (x.shape[1], x.shape[2])
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
         table = self.rel_pos_bias(grid)
         found = []
-        for number, block in enumerate(self.blocks):
+        for number, block in zip(range(max(wanted) + 1), self.blocks, strict=False):
             x = self.run_block(block, x, table, grid)
-            found += [x] * self.shape.out_indices.count(number)
+            found += [x] * wanted.count(number)
+        return found
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        found = self.levels(x, self.shape.out_indices)
         if self.norm is not None:
             found[-1] = self.norm(found[-1])
-        return [tokens[:, 1:].unflatten(1, grid) for tokens in found]
+        return [tokens[:, 1:].unflatten(1, (x.shape[1], x.shape[2])) for tokens in found]
