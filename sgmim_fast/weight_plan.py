@@ -74,13 +74,16 @@ def make_plan(
             unknown += theirs
         else:
             keys[mine] = theirs
-    values = {name: _join([tensors[key] for key in theirs]) for name, theirs in keys.items()}
+    values, misfits = {}, []
+    for name, theirs in keys.items():
+        parts = [tensors[key] for key in theirs]
+        if len({(part.shape, part.dtype) for part in parts}) > 1:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            misfits.append(f"{', '.join(theirs)} are {shapes} in the file, and should be alike")
+        else:
+            values[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     missing = tuple(name for name in own if name not in keys)
-    return Plan(held, wanted, fits, keys, values, missing, tuple(unused), tuple(unknown), reading.incomplete)
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return Plan(held, wanted, fits, keys, values, missing, tuple(unused), tuple(unknown), reading.incomplete, misfits)
 
 
 def fit_shapes(
