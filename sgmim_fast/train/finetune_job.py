@@ -160,7 +160,7 @@ class FinetuneJob(Job[FineConfig]):
     def _backbone(self, device: torch.device | None, options: dict[str, Any]) -> Backbone:
         said = self.config.backbone
         name = None if said.name == FROM_WEIGHTS else said.name
-        fields = {
+        fields: dict[str, Any] = {
             key: value[0] if len(value) == 1 else value
             for key, value in (
                 ("image_size", said.image_size),
