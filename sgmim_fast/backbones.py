@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sgmim_fast.config import Attention, BackboneConfig, Backend, ModelConfig
+from sgmim_fast.config import Attention, BackboneConfig, Backend
 from sgmim_fast.config.checks import known_fields
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.backbone import Backbone
 from sgmim_fast.recipes import MODELS
-from sgmim_fast.weights import load_weights, read_config
+from sgmim_fast.weights import load_weights, read_backbone_config, read_config
 
 NAMES = tuple(name.removeprefix("sgmim_") for name in MODELS if name.startswith("sgmim_"))
 
@@ -35,7 +35,8 @@ def create_backbone(
         image_size: side or (height, width) in pixels of the images to come; see ``BackboneConfig``. Others are taken.
         window_size: tokens a window side, for all stages or one entry a stage; None for those of pre-training.
         use_shift: whether windows are shifted, for all stages or one entry a stage.
-        weights: what ``load_weights`` reads. What the encoder needs must be there.
+        weights: what ``load_weights`` reads; position tables of other windows are resized. What the encoder needs must
+            be there.
         backend: which implementation runs; see ``Backbone.set_backend``.
         attention: whose attention runs; see ``Backbone.set_attention``.
         **overrides: further fields of ``BackboneConfig`` to change.
@@ -45,32 +46,34 @@ def create_backbone(
     """
     named = {"image_size": image_size, "window_size": window_size, "use_shift": use_shift}
     overrides |= {name: value for name, value in named.items() if value is not None}
-    stored = read_config(weights) if isinstance(weights, str | Path) else None
-    if isinstance(backbone, BackboneConfig):
-        known_fields(BackboneConfig, overrides)
+    known_fields(BackboneConfig, overrides)
+    stored = _stored_shape(weights) if isinstance(weights, str | Path) else None
+    if backbone is None:
+        if stored is None:
+            where = "no weights are given" if weights is None else "the weights do not say which they are of"
+            raise UserError(f"backbone is needed where {where}; choose one of {', '.join(NAMES)}")
+        config = replace(stored, **overrides)
+    elif isinstance(backbone, BackboneConfig):
         config = replace(backbone, **overrides)
     else:
-        config = _configured(_pretraining(backbone, stored, weights), stored, overrides)
+        config = _named_shape(backbone, stored, overrides)
     made = Backbone(config, backend, attention)
     if weights is not None:
         load_weights(made, weights)
     return made
 
 
-def _pretraining(name: str | None, stored: ModelConfig | None, weights: Any) -> ModelConfig:
-    if name is None:
-        if stored is None:
-            where = "no weights are given" if weights is None else f"{weights} does not say which it is"
-            raise UserError(f"backbone is needed where {where}; choose one of {', '.join(NAMES)}")
-        return stored
-    if name not in NAMES and name not in MODELS:
+def _stored_shape(path: str | Path) -> BackboneConfig | None:
+    """The shape of the backbone, or of the pre-trained encoder, in a file of ours."""
+    model = read_config(path)
+    return read_backbone_config(path) if model is None else BackboneConfig.from_pretraining(model)
+
+
+def _named_shape(name: str, stored: BackboneConfig | None, overrides: dict[str, Any]) -> BackboneConfig:
+    model = MODELS.get(f"sgmim_{name}", MODELS.get(name))
+    if model is None:
         raise UserError(f"backbone {name!r} is unknown; choose one of {', '.join(NAMES)}")
-    return MODELS[name if name in MODELS else f"sgmim_{name}"]
-
-
-def _configured(model: ModelConfig, stored: ModelConfig | None, overrides: dict[str, Any]) -> BackboneConfig:
-    found: dict[str, Any] = {}
-    if stored is not None and stored.encoder == "swinv2" == model.encoder and len(stored.depths) == len(model.depths):
-        # Swin V2 was trained on offsets measured by these, whatever windows the name stands for.
-        found["pretrained_window_size"] = BackboneConfig.from_pretraining(stored).window_size
-    return BackboneConfig.from_pretraining(model, **found | overrides)
+    if stored is not None and stored.encoder == "swinv2" == model.encoder and stored.levels == len(model.depths):
+        # Its offsets are measured by the windows it was pre-trained with, whichever the name stands for.
+        overrides = {"pretrained_window_size": stored.pretrained_window_size} | overrides
+    return BackboneConfig.from_pretraining(model, **overrides)

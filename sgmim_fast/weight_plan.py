@@ -68,6 +68,8 @@ def make_plan(
             # A backbone that ends before the last stage has no norm of the encoder's, but may have one for its own end.
             rest = name.removeprefix(_NORM)
             mine = to_model(f"{STAGE_NORMS}{len(held.depths) - 1}.{rest}", target, outputs) or mine
+        if mine == "mask_token" and mine not in own:
+            mine = None  # an encoder in use has none
         if mine is None or (mine not in own and target == "backbone" and fits and is_beyond(name, wanted)):
             unused += theirs
         elif mine not in own:

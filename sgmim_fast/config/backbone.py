@@ -94,7 +94,7 @@ class BackboneConfig:
         stages = len(self.depths)
         windows = _integers("window_size", self.window_size)
         if isinstance(self.window_size, int):
-            windows = tuple(min(self.window_size, *self.stage_map(stage)) for stage in range(stages))
+            windows = tuple(min((self.window_size, *self.stage_map(stage))) for stage in range(stages))
         shifts = (self.use_shift,) * stages if isinstance(self.use_shift, bool) else tuple(self.use_shift)
         require(
             all(isinstance(shift, bool) for shift in shifts), f"use_shift {shifts} must be true or false, once a stage"

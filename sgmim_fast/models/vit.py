@@ -77,8 +77,7 @@ class ViTEncoder(ImageEncoder, BlockStage):
         shape = self.shape
         rows, columns = shape.stage_map(0)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.embed_dim))
-        self.map = (rows, columns)
-        self.rel_pos_bias = SharedRelativePositionBias(self.map, shape.num_heads[0])
+        self.rel_pos_bias = SharedRelativePositionBias((rows, columns), shape.num_heads[0])
         rates = torch.linspace(0, shape.drop_path_rate, shape.depths[0], device="cpu").tolist()
         self.draws = max(rates) > 0.0
         blocks = [Block(shape, rate) for rate in rates[: shape.out_indices[-1] + 1]]

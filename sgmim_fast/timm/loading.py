@@ -17,11 +17,11 @@ def translate_names(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
     if all(key in own and own[key].shape == value.shape for key, value in given.items()):
         return
     classifier = {key: value for key, value in given.items() if key.startswith("head.")}
-    weights = {key: value for key, value in given.items() if key not in classifier and not key.endswith("mask_token")}
+    weights = {key: value for key, value in given.items() if key not in classifier}
     for key, value in weights.items():
         if key.endswith("patch_embed.proj.weight") and value.shape[1] != model.in_chans:
             weights[key] = adapt_input_conv(model.in_chans, value)
-    report = load_weights(model, weights, strict=False)
+    report = load_weights(model, weights, strict=False, resize=True)
     missing = {name for name in report.missing if not name.startswith("head.")}
     for key in given:
         del state[prefix + key]
