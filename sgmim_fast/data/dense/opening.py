@@ -98,7 +98,8 @@ def open_depth(config: DepthDataConfig, split: Split, *, max_depth: float) -> De
             expected = (
                 f"half of all depths should be nearer than the task's largest, {max_depth:g} m, and some far from 0"
             )
-            reach = Reach(expected, (max_depth / 50, float("inf")), (max_depth / 500, max_depth))
+            remedy = "correct --data.depth-scale, or convert the maps"
+            reach = Reach(expected, (max_depth / 50, float("inf")), (max_depth / 500, max_depth), remedy)
             reader = DepthReader("the folder", config.depth_scale, integers=False, reach=reach)
     samples = DenseSamples(
         root,
