@@ -25,6 +25,7 @@ from sgmim_fast.recipes import MODELS
 from sgmim_fast.tasks.pretrain import PretrainTask
 from sgmim_fast.train.activation_memory import meta_batch, step_memory
 from sgmim_fast.train.dry_run import estimate
+from sgmim_fast.train.pretrain_job import PretrainJob
 
 RESULTS = harness.RESULTS / "memory.jsonl"
 
@@ -63,7 +64,7 @@ def compare(options: argparse.Namespace) -> None:
         task.model.set_activation_checkpointing(config.train.activation_checkpointing)
         step_memory(task, batch)  # constants that are kept from here on
         kept, peak = step_memory(task, batch)
-        said = estimate(config, 1)
+        said = estimate(PretrainJob(config), 1)
         found.append(
             {"activation_bytes": kept, "step_memory_bytes": peak, "estimated_activation_bytes": said.activations}
             | {"estimated_step_memory_bytes": said.activations + said.temporaries, "seconds": []}

@@ -17,7 +17,7 @@ from sgmim_fast.planning.model_sizes import parameter_sizes
 from sgmim_fast.planning.parameters import ParameterSizes
 from sgmim_fast.tasks.pretrain import PretrainTask
 from sgmim_fast.train.deepspeed_settings import deepspeed_config
-from sgmim_fast.train.optim import build_optimizer
+from sgmim_fast.train.optim import build_optimizer, parameter_groups
 
 KIND_OF_OPERATION: dict[str, Kind] = {
     "allreduce_": "all-reduce",
@@ -54,7 +54,9 @@ class Engine:
         self.stage, self.accumulation = stage, accumulation
         self.task = PretrainTask(model, "auto", "auto", "torch", device)
         self.sizes: ParameterSizes = parameter_sizes(self.task.model)
-        optimizer = build_optimizer(self.task, config.optimizer, device)
+        optimizer = build_optimizer(
+            parameter_groups(self.task, config.optimizer.weight_decay), config.optimizer, device
+        )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.task, optimizer=optimizer, config=deepspeed_config(config)
         )

@@ -7,17 +7,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sgmim_fast.config import ModelConfig
+    from sgmim_fast.backbones import create_backbone
+    from sgmim_fast.config import BackboneConfig, ModelConfig
     from sgmim_fast.errors import UserError
+    from sgmim_fast.models.backbone import Backbone
     from sgmim_fast.models.registry import create_model
     from sgmim_fast.weights import load_weights, save_weights
 
 __version__ = "0.1.0"
-__all__ = ["ModelConfig", "UserError", "create_model", "load_weights", "save_weights"]
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "ModelConfig",
+    "UserError",
+    "create_backbone",
+    "create_model",
+    "load_weights",
+    "save_weights",
+]
 
 _HOMES = {
+    "Backbone": "sgmim_fast.models.backbone",
+    "BackboneConfig": "sgmim_fast.config",
     "ModelConfig": "sgmim_fast.config",
     "UserError": "sgmim_fast.errors",
+    "create_backbone": "sgmim_fast.backbones",
     "create_model": "sgmim_fast.models.registry",
     "load_weights": "sgmim_fast.weights",
     "save_weights": "sgmim_fast.weights",

@@ -267,7 +267,7 @@ def _try_to_start(found: Findings) -> None:
         return
     from sgmim_fast.config import PretrainConfig
     from sgmim_fast.train.choices import check_choices
-    from sgmim_fast.train.engine import pretrain  # noqa: F401
+    from sgmim_fast.train.engine import run_job  # noqa: F401
     from sgmim_fast.train.ranks import own_device
 
     check_choices(PretrainConfig(), own_device())

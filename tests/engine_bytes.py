@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from sgmim_fast.config import PretrainConfig, TrainConfig
 from sgmim_fast.tasks.pretrain import PretrainTask
 from sgmim_fast.train.deepspeed_settings import deepspeed_config
-from sgmim_fast.train.optim import build_optimizer
+from sgmim_fast.train.optim import build_optimizer, parameter_groups
 from sgmim_fast.train.ranks import joined_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -44,7 +44,7 @@ def train(case: dict[str, Any], device: torch.device, shards: Path) -> dict[str,
     run = config(case)
     torch.manual_seed(0)
     task = PretrainTask(run.model, "torch", device=device, activation_checkpointing=run.train.activation_checkpointing)
-    own = build_optimizer(task, run.optimizer, device)
+    own = build_optimizer(parameter_groups(task, run.optimizer.weight_decay), run.optimizer, device)
     engine, optimizer, _, _ = deepspeed.initialize(model=task, optimizer=own, config=deepspeed_config(run))
     losses = []
     for step in range(STEPS):

@@ -15,7 +15,9 @@ from typing import Any
 from torch import distributed
 
 from sgmim_fast.train.arguments import parse_config
-from sgmim_fast.train.engine import pretrain
+from sgmim_fast.train.engine import run_job
+from sgmim_fast.train.pretrain_job import PretrainJob
+from sgmim_fast.train.programs import PRETRAIN
 from tests.faulty_pretrain import poison
 from tests.training_runs import arguments
 
@@ -38,7 +40,8 @@ def configured(data: Path, output: Path, stage: int, precision: str, ranks: int,
 
 
 def run(words: list[str]) -> None:
-    assert pretrain(*parse_config(words))
+    config, recipe = parse_config(words, PRETRAIN)
+    assert run_job(PretrainJob(config), recipe)
 
 
 def straight_and_halves(data: Path, folder: Path, stage: int, precision: str, ranks: int, **options: Any) -> None:

@@ -8,15 +8,16 @@ import pytest
 from sgmim_fast.errors import UserError
 from sgmim_fast.recipes import RECIPES
 from sgmim_fast.train.arguments import config_to_json, load_config, parse_config
+from sgmim_fast.train.programs import PRETRAIN
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_survives_its_file(name: str, tmp_path: Path) -> None:
-    config, recipe = parse_config(["--recipe", name])
+    config, recipe = parse_config(["--recipe", name], PRETRAIN)
     assert recipe == name
     assert config == RECIPES[name]()
-    (tmp_path / "config.json").write_text(config_to_json(config, recipe))
-    assert load_config(tmp_path / "config.json") == config
+    (tmp_path / "config.json").write_text(config_to_json(config, recipe, "pretrain"))
+    assert load_config(tmp_path / "config.json", PRETRAIN) == config
 
 
 def test_options_override_the_file_which_overrides_the_recipe(tmp_path: Path) -> None:
@@ -28,7 +29,8 @@ def test_options_override_the_file_which_overrides_the_recipe(tmp_path: Path) ->
         "train: {max_steps: null}\n"
     )
     config, _ = parse_config(
-        ["--recipe", "demo", "--config", str(file), "--data", "from_options", "--train.batch_size=3", "--local_rank=1"]
+        ["--recipe", "demo", "--config", str(file), "--data", "from_options", "--train.batch_size=3", "--local_rank=1"],
+        PRETRAIN,
     )
     assert config.data.path == "from_options"
     assert config.model.window_size == 4
@@ -67,7 +69,7 @@ BAD = [
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
 def test_mistakes_are_named_in_one_line(words: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse_config(words)
+        parse_config(words, PRETRAIN)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "│" not in str(caught.value)
@@ -86,7 +88,7 @@ def test_mistakes_in_a_file_are_named_too(text: str, message: str, tmp_path: Pat
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        parse_config(["--config", str(file)])
+        parse_config(["--config", str(file)], PRETRAIN)
     assert "\n" not in str(caught.value)
 
 
@@ -101,28 +103,28 @@ def test_mistakes_in_a_file_are_named_too(text: str, message: str, tmp_path: Pat
     ],
 )
 def test_compile_has_a_short_name(words: list[str], compiled: bool) -> None:
-    assert parse_config(words)[0].train.compile is compiled
+    assert parse_config(words, PRETRAIN)[0].train.compile is compiled
 
 
 def test_the_loader_has_a_short_name() -> None:
-    assert parse_config(["--loader", "torch"])[0].data.loader == "torch"
+    assert parse_config(["--loader", "torch"], PRETRAIN)[0].data.loader == "torch"
     with pytest.raises(UserError, match="torch"):
-        parse_config(["--loader", "tensorflow"])
+        parse_config(["--loader", "tensorflow"], PRETRAIN)
 
 
 def test_a_run_of_an_older_version_is_read(tmp_path: Path) -> None:
     """Its file names none of the choices that came later; they are what it ran with."""
-    content = json.loads(config_to_json(RECIPES["demo"](), "demo"))
+    content = json.loads(config_to_json(RECIPES["demo"](), "demo", "pretrain"))
     del content["optimizer"]["implementation"]
     for name in ("attention", "norm", "compile"):
         del content["train"][name]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert load_config(tmp_path / "config.json") == RECIPES["demo"]()
+    assert load_config(tmp_path / "config.json", PRETRAIN) == RECIPES["demo"]()
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_config(["--help"])
+        parse_config(["--help"], PRETRAIN)
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "deepspeed --num_gpus 2 --module sgmim_fast.pretrain" in text

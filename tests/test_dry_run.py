@@ -16,6 +16,7 @@ from sgmim_fast.recipes import RECIPES
 from sgmim_fast.tasks.pretrain import PretrainTask
 from sgmim_fast.train.activation_memory import meta_batch, step_memory
 from sgmim_fast.train.dry_run import dry_run, estimate
+from sgmim_fast.train.pretrain_job import PretrainJob
 from sgmim_fast.train.zero_layout import zero_layout
 from tests.test_models import tiny
 from tests.tiny_run import make_pairs
@@ -44,7 +45,7 @@ def test_activations_are_those_of_a_real_step(encoder: str, backend: Any, precis
     for stages in ((), (0,)):
         train = TrainConfig(batch_size=3, backend=backend, precision=precision, activation_checkpointing=stages)
         config = PretrainConfig(model=tiny(encoder, embed_dim=32), train=train)
-        found = estimate(config, 1)
+        found = estimate(PretrainJob(config), 1)
         kept, peak = real_step(config)
         assert found.activations == pytest.approx(kept, rel=deviation)
         assert found.activations + found.temporaries == pytest.approx(peak, rel=deviation)
@@ -53,8 +54,8 @@ def test_activations_are_those_of_a_real_step(encoder: str, backend: Any, precis
 def test_peak_sees_what_is_computed_again() -> None:
     """Checkpointed, a block's activations are no longer kept but are there while it runs again."""
     config = PretrainConfig(model=tiny("vit", depths=(6,)), train=TrainConfig(batch_size=8))
-    kept = estimate(config, 1)
-    again = estimate(replace(config, train=replace(config.train, activation_checkpointing=(0,))), 1)
+    kept = estimate(PretrainJob(config), 1)
+    again = estimate(PretrainJob(replace(config, train=replace(config.train, activation_checkpointing=(0,)))), 1)
     assert again.activations < 0.5 * kept.activations
     assert again.temporaries > kept.temporaries
     assert again.peak < kept.peak
@@ -65,14 +66,14 @@ def test_peak_sees_what_is_computed_again() -> None:
 def test_ranks_share_and_offloading_moves(stage: Any) -> None:
     train = TrainConfig(zero_stage=stage, batch_size=2, bucket_size=1000)
     config = PretrainConfig(model=tiny("vit", embed_dim=512, depths=(4,), num_heads=(8,)), train=train)
-    one, four = estimate(config, 1), estimate(config, 4)
+    one, four = estimate(PretrainJob(config), 1), estimate(PretrainJob(config), 4)
     for name in ("master", "optimizer"):
         assert getattr(four.layout, name) == pytest.approx(getattr(one.layout, name) / 4, rel=1e-3)
     assert (four.layout.weights < one.layout.weights / 2) == (stage == 3)
     assert four.images_per_step == 4 * one.images_per_step == 8
     assert four.flops_per_step == 4 * one.flops_per_step == 8 * one.flops_per_image
     assert (one.host, one.checkpoint) == (0, four.checkpoint)
-    offloaded = estimate(replace(config, train=replace(train, offload_optimizer=True)), 4)
+    offloaded = estimate(PretrainJob(replace(config, train=replace(train, offload_optimizer=True))), 4)
     assert offloaded.host >= four.layout.master + four.layout.optimizer
     assert offloaded.peak <= four.peak - four.layout.master - four.layout.optimizer
     assert sum(one.parameters.values()) == sum(p.numel() for p in PretrainTask(config.model).parameters())
@@ -108,15 +109,15 @@ def test_data_tell_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     train = replace(recipe.train, batch_size=2)
     config = replace(recipe, train=train, data=replace(recipe.data, path=str(make_pairs(tmp_path, count=9))))
     before = sorted(tmp_path.rglob("*"))
-    dry_run(config, 2)
+    dry_run(PretrainJob(config), 2)
     out = capsys.readouterr().out
     assert re.search(r"steps an epoch +2  9 pairs", out)
     assert re.search(r"steps of the run +16", out)
-    dry_run(config, 8)
+    dry_run(PretrainJob(config), 8)
     assert re.search(r"steps an epoch +unknown  .*9 pairs", capsys.readouterr().out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_no_rank_is_refused() -> None:
     with pytest.raises(UserError, match="1 rank or more"):
-        estimate(PretrainConfig(), 0)
+        estimate(PretrainJob(PretrainConfig()), 0)

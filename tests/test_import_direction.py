@@ -14,21 +14,29 @@ PACKAGE = "sgmim_fast"
 # Lowest first. A room is a module or a folder; rooms of one layer do not import each other.
 LAYERS = (
     ("errors",),
-    ("masking", "nvidia_apex"),
+    ("masking", "nvidia_apex", "colors"),
     ("config", "reference", "kernels"),
-    ("recipes", "attention"),
-    ("ops",),
+    ("recipes", "finetune_recipes", "attention", "position_tables", "hf_layout"),
+    ("ops", "weight_files"),
     ("models", "weight_layouts"),
+    ("weight_plan",),
     ("weights", "data"),
+    ("backbones",),
     ("tasks",),
     ("train",),
     # sgmim_fast is the package's own __init__
     (PACKAGE, "timm", "pretrain", "finetune", "report", "doctor", "launching", "planning"),
+    ("commands",),
     ("cli",),
 )
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
-# Where models are built and timed these may be missing: kernels to weights, the package's own __init__ included.
-LIGHT = {room for layer in LAYERS[: DEPTH["models"] + 1] for room in layer} | {"weights", PACKAGE}
+# Where models are built and timed these may be missing: kernels to backbones, the package's own __init__ included.
+LIGHT = {room for layer in LAYERS[: DEPTH["models"] + 1] for room in layer} | {
+    "weight_plan",
+    "weights",
+    "backbones",
+    PACKAGE,
+}
 HEAVY = ("deepspeed", "pydantic", "tyro", "xformers", "apex", "nvidia")
 WHEN_ASKED = {"attention": "xformers", "nvidia_apex": "apex"}  # imported inside a function, by name of the user's
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}

@@ -23,7 +23,7 @@ from sgmim_fast.data.sharding.shard_pairs import shard_pairs
 from sgmim_fast.data.substitution import BadSample, Substitutes
 from sgmim_fast.data.verification.verify import verify
 from sgmim_fast.errors import UserError
-from sgmim_fast.train.choices import check_choices
+from sgmim_fast.train.pretrain_job import PretrainJob
 from tests.pair_sets import (
     BREAKAGES,
     HEIGHT,
@@ -308,7 +308,7 @@ def test_without_dali(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> No
     ):
         load(manifest, settings("dali"))
     with pytest.raises(UserError, match=r"--data.loader dali"):
-        check_choices(settings("dali"), torch.device("cpu"))
+        PretrainJob(settings("dali")).check(torch.device("cpu"))
 
 
 # -- bad files

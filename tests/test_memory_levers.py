@@ -14,6 +14,7 @@ from sgmim_fast import UserError
 from sgmim_fast.config import OptimizerConfig, PretrainConfig, TrainConfig
 from sgmim_fast.train.deepspeed_settings import deepspeed_config, zero_settings
 from sgmim_fast.train.dry_run import estimate
+from sgmim_fast.train.pretrain_job import PretrainJob
 from tests.engine_bytes import config
 from tests.training_runs import free_port
 
@@ -64,7 +65,7 @@ def test_levers_change_no_loss(case: dict[str, Any], found: list[dict[str, Any]]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"zero{case['zero_stage']}-{case['precision']}")
 def test_an_engine_holds_what_the_layout_says(case: dict[str, Any], found: list[dict[str, Any]]) -> None:
-    got, said = found[CASES.index(case)], estimate(config(case), world_size=2)
+    got, said = found[CASES.index(case)], estimate(PretrainJob(config(case)), world_size=2)
     layout = said.layout
     assert got["weights"] == layout.weights
     assert got["master"] == layout.master

@@ -105,7 +105,7 @@ def trained(implementation: OptimizerName | None, device: torch.device, dtype: t
         groups = parameter_groups(model, 0.3)
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-8, foreach=False)
     else:
-        optimizer = build_optimizer(model, recipe, device)
+        optimizer = build_optimizer(parameter_groups(model, recipe.weight_decay), recipe, device)
     generator = torch.Generator().manual_seed(1)
     for rate in (1e-3, 3e-3, 2e-3):
         for group in optimizer.param_groups:
@@ -133,7 +133,9 @@ def can_run(implementation: OptimizerName) -> bool:
 
 def test_fused_adamw_takes_the_steps_of_adamw() -> None:
     assert_steps_equal("adamw", CPU, torch.float64)
-    optimizer = build_optimizer(create_model("simmim_vit_base", depths=(1,)), OptimizerConfig(), CPU)
+    optimizer = build_optimizer(
+        parameter_groups(create_model("simmim_vit_base", depths=(1,)), 0.05), OptimizerConfig(), CPU
+    )
     assert all(group["fused"] for group in optimizer.param_groups)
 
 
@@ -168,7 +170,7 @@ def test_apex_that_is_missing_or_another_package_or_broken(
     without = fake_apex.NVIDIA["optimizers/__init__.py"].replace("extensions = True", "extensions = False")
     apex({**fake_apex.NVIDIA, "optimizers/__init__.py": without})
     with pytest.raises(UserError, match="requires cuda extensions"):
-        build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(implementation="apex"), GPU)
+        build_optimizer(parameter_groups(torch.nn.Linear(2, 2), 0.05), OptimizerConfig(implementation="apex"), GPU)
 
 
 def test_apex_on_a_cpu(apex: Callable[[dict[str, str]], None]) -> None:
@@ -179,7 +181,7 @@ def test_apex_on_a_cpu(apex: Callable[[dict[str, str]], None]) -> None:
 
 def test_deepspeeds_own_needs_a_gpu_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match='"deepspeed" cannot run here: its FusedAdam needs a GPU') as caught:
-        build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(implementation="deepspeed"), CPU)
+        build_optimizer(parameter_groups(torch.nn.Linear(2, 2), 0.05), OptimizerConfig(implementation="deepspeed"), CPU)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     monkeypatch.setattr("deepspeed.git_version_info.installed_ops", {})
@@ -194,10 +196,10 @@ def test_asking_for_adamw_imports_no_apex(tmp_path: Path) -> None:
         "import sys, torch\n"
         "from sgmim_fast.config import OptimizerConfig\n"
         "from sgmim_fast.models.norms import use_norm\n"
-        "from sgmim_fast.train.optim import build_optimizer\n"
+        "from sgmim_fast.train.optim import build_optimizer, parameter_groups\n"
         "model = torch.nn.LayerNorm(2)\n"
         "use_norm(model, 'torch')\n"
-        "build_optimizer(model, OptimizerConfig(), torch.device('cpu'))\n"
+        "build_optimizer(parameter_groups(model, 0.05), OptimizerConfig(), torch.device('cpu'))\n"
         "assert 'apex' not in sys.modules\n"
         "from sgmim_fast import nvidia_apex\n"
         "print(nvidia_apex.find())\n"

@@ -17,13 +17,13 @@ from PIL import Image
 from tiny_run import NASTY, TINY, make_run, metric_row
 
 from sgmim_fast import UserError, create_model
+from sgmim_fast.colors import SCALES, color_table, colorize
 from sgmim_fast.data.manifest import read_manifest
 from sgmim_fast.data.pair_samples import evaluation_batch
 from sgmim_fast.masking import CELL
 from sgmim_fast.ops import standardize_structure
 from sgmim_fast.reference import local_normalize
 from sgmim_fast.report import write_report
-from sgmim_fast.report.colors import SCALES, color_table, colorize
 from sgmim_fast.report.curves import format_value
 from sgmim_fast.report.gallery import Gallery, build_gallery, local_denormalize
 from sgmim_fast.report.page import format_duration

@@ -22,10 +22,12 @@ from sgmim_fast.train.choices import check_choices
 from sgmim_fast.train.flops import training_flops_per_image
 from sgmim_fast.train.metrics import Efficiency, memory
 from sgmim_fast.train.peaks import PEAKS, device_peak_tflops, peak_tflops
+from sgmim_fast.train.pretrain_job import PretrainJob
 from sgmim_fast.train.reporting import Reporter
-from sgmim_fast.train.rewinding import METRICS, SUPERSEDED, rewind_metrics
+from sgmim_fast.train.rewinding import METRICS, rewind_rows, superseded
 from sgmim_fast.train.wandb_sink import check_wandb
 
+SUPERSEDED = superseded(METRICS)
 CPU = torch.device("cpu")
 
 
@@ -33,7 +35,7 @@ def report(run: Path, steps: range, **monitor: Any) -> None:
     """What a run leaves that logs these steps, each with its loss 1 / step."""
     run.mkdir(exist_ok=True)
     config = PretrainConfig(model=TINY, monitor=MonitorConfig(**monitor))
-    with Reporter(run, config, steps[0] - 1, 100, device=CPU, ranks=2, chief=True) as reporter:
+    with Reporter(run, PretrainJob(config), steps[0] - 1, 100, device=CPU, ranks=2, chief=True) as reporter:
         for step in steps:
             reporter.row(metric_row(step, loss=1 / step))
 
@@ -63,7 +65,7 @@ def lines(*steps: int) -> bytes:
 )
 def test_rows_after_the_step_are_moved(content: bytes, kept: bytes, moved: bytes | None, tmp_path: Path) -> None:
     (tmp_path / METRICS).write_bytes(content)
-    assert rewind_metrics(tmp_path, 2) == (moved or b"").count(b"\n")
+    assert rewind_rows(tmp_path, 2, METRICS) == (moved or b"").count(b"\n")
     assert (tmp_path / METRICS).read_bytes() == kept
     assert (tmp_path / SUPERSEDED).exists() == (moved is not None)
     assert moved is None or (tmp_path / SUPERSEDED).read_bytes() == moved
@@ -73,16 +75,16 @@ def test_rows_after_the_step_are_moved(content: bytes, kept: bytes, moved: bytes
 def test_of_a_step_that_is_there_twice_the_later_row_stays(tmp_path: Path) -> None:
     first, again = b'{"step": 2, "loss": 1.0}\n', b'{"step": 2, "loss": 3.0}\n'
     (tmp_path / METRICS).write_bytes(lines(1) + first + lines(3) + again + lines(3))
-    assert rewind_metrics(tmp_path, 3) == 2
+    assert rewind_rows(tmp_path, 3, METRICS) == 2
     assert (tmp_path / METRICS).read_bytes() == lines(1) + again + lines(3)
     assert (tmp_path / SUPERSEDED).read_bytes() == first + lines(3)
 
 
 def test_a_file_with_nothing_to_move_is_not_touched(tmp_path: Path) -> None:
-    assert rewind_metrics(tmp_path, 7) == 0
+    assert rewind_rows(tmp_path, 7, METRICS) == 0
     (tmp_path / METRICS).write_bytes(lines(1, 2))
     before = (tmp_path / METRICS).stat()
-    assert rewind_metrics(tmp_path, 2) == 0
+    assert rewind_rows(tmp_path, 2, METRICS) == 0
     after = (tmp_path / METRICS).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
@@ -93,9 +95,9 @@ def test_an_interrupted_move_is_ended_by_the_next(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(rewinding.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            rewind_metrics(tmp_path, 1)
+            rewind_rows(tmp_path, 1, METRICS)
     assert (tmp_path / METRICS).read_bytes() == lines(1, 2, 3)
-    assert rewind_metrics(tmp_path, 1) == 2
+    assert rewind_rows(tmp_path, 1, METRICS) == 2
     assert (tmp_path / METRICS).read_bytes() == lines(1)
     assert (tmp_path / SUPERSEDED).read_bytes() == lines(8) + b'{"ste\n' + lines(2, 3)
 
@@ -121,7 +123,7 @@ def test_after_resumes_each_step_is_there_once(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     config = PretrainConfig(model=TINY, monitor=MonitorConfig(wandb="offline"))
-    with Reporter(tmp_path, config, 0, 9, device=CPU, ranks=2, chief=False) as reporter:
+    with Reporter(tmp_path, PretrainJob(config), 0, 9, device=CPU, ranks=2, chief=False) as reporter:
         reporter.step(1)
         reporter.row(metric_row(1))
         reporter.say("nothing")
@@ -251,9 +253,9 @@ def test_an_unknown_peak_is_said(tmp_path: Path) -> None:
     report(tmp_path, range(1, 2))
     assert json.loads((tmp_path / METRICS).read_text())["mfu"] is None
     config = PretrainConfig(model=TINY)
-    assert "--monitor.peak-tflops sets it" in Efficiency.of(config, CPU, 1).summary()
+    assert "--monitor.peak-tflops sets it" in Efficiency.of(PretrainJob(config), CPU, 1).summary()
     told = PretrainConfig(model=TINY, monitor=MonitorConfig(peak_tflops=989.5))
-    assert "MFU is of 989.5 TFLOP/s a device" in Efficiency.of(told, CPU, 1).summary()
+    assert "MFU is of 989.5 TFLOP/s a device" in Efficiency.of(PretrainJob(told), CPU, 1).summary()
 
 
 @pytest.mark.parametrize(

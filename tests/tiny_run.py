@@ -54,7 +54,7 @@ def make_run(folder: Path, model: ModelConfig = TINY) -> Path:
     config = PretrainConfig(
         model=model, data=DataConfig(path=str(data)), train=TrainConfig(batch_size=16, zero_stage=2)
     )
-    (run / "config.json").write_text(config_to_json(config, "swin_base_100ep"))
+    (run / "config.json").write_text(config_to_json(config, "swin_base_100ep", "pretrain"))
     (run / "environment.json").write_text(json.dumps({"python": "3.11.0", "world_size": 2, "command": NASTY}))
     rows = [metric_row(step) for step in range(2, 42, 2)]
     if model.guidance == "none":

@@ -7,21 +7,54 @@ name says steps.
 from sgmim_fast.config.backbone import BackboneConfig, OutputNorm
 from sgmim_fast.config.data import DataConfig, Loader
 from sgmim_fast.config.dense import DepthDataConfig, DepthDataset, LabelDataset, SegmentationDataConfig
+from sgmim_fast.config.finetune import (
+    FROM_SCRATCH,
+    FROM_WEIGHTS,
+    DepthRunConfig,
+    FinetuneBackboneConfig,
+    FinetuneConfig,
+    FinetuneOptimizerConfig,
+    FinetuneScheduleConfig,
+    SegmentationRunConfig,
+)
 from sgmim_fast.config.model import GUIDANCE_HEADS, Encoder, Guidance, ModelConfig
 from sgmim_fast.config.optimization import OptimizerConfig, OptimizerName, ScheduleConfig
 from sgmim_fast.config.pretrain import PretrainConfig
+from sgmim_fast.config.run import RunConfig
+from sgmim_fast.config.tasks import (
+    IGNORED_LABEL,
+    DepthConfig,
+    DepthCrop,
+    DepthEvalConfig,
+    DepthHead,
+    SegmentationConfig,
+    SegmentationEvalConfig,
+    SegmentationMode,
+)
 from sgmim_fast.config.training import Attention, Backend, FaultConfig, MonitorConfig, Norm, TrainConfig
 
 __all__ = [
+    "FROM_SCRATCH",
+    "FROM_WEIGHTS",
     "GUIDANCE_HEADS",
+    "IGNORED_LABEL",
     "Attention",
     "BackboneConfig",
     "Backend",
     "DataConfig",
+    "DepthConfig",
+    "DepthCrop",
     "DepthDataConfig",
     "DepthDataset",
+    "DepthEvalConfig",
+    "DepthHead",
+    "DepthRunConfig",
     "Encoder",
     "FaultConfig",
+    "FinetuneBackboneConfig",
+    "FinetuneConfig",
+    "FinetuneOptimizerConfig",
+    "FinetuneScheduleConfig",
     "Guidance",
     "LabelDataset",
     "Loader",
@@ -32,7 +65,12 @@ __all__ = [
     "OptimizerName",
     "OutputNorm",
     "PretrainConfig",
+    "RunConfig",
     "ScheduleConfig",
+    "SegmentationConfig",
     "SegmentationDataConfig",
+    "SegmentationEvalConfig",
+    "SegmentationMode",
+    "SegmentationRunConfig",
     "TrainConfig",
 ]

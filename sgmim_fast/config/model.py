@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sgmim_fast.config.checks import one_of, require
+from sgmim_fast.config.checks import check_widths, one_of, require
 from sgmim_fast.masking import CELL
 
 Encoder = Literal["swin", "swinv2", "vit"]
@@ -93,17 +93,7 @@ class ModelConfig:
         require(self.window_size >= 1, f"window_size {self.window_size} must be 1 or more")
 
     def _check_widths(self) -> None:
-        require(
-            len(self.depths) == len(self.num_heads) > 0,
-            f"depths {self.depths} and num_heads {self.num_heads} must have one entry a stage",
-        )
-        require(all(depth >= 1 for depth in self.depths), f"depths {self.depths} must be 1 or more each")
-        for stage, heads in enumerate(self.num_heads):
-            width = self.embed_dim * 2**stage
-            require(
-                heads >= 1 and width % heads == 0,
-                f"num_heads {heads} of stage {stage} does not divide its {width} channels",
-            )
+        check_widths(self.embed_dim, self.depths, self.num_heads)
         if self.guidance != "none":
             require(
                 self.num_features % GUIDANCE_HEADS == 0,

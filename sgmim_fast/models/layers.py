@@ -11,9 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sgmim_fast import ops, reference
-from sgmim_fast.masking import CELL
-
 
 class Dispatched(nn.Module):
     """A module that runs an operation of ``ops``, with the backend and attention that the model has chosen."""
@@ -65,7 +62,10 @@ class BlockStage(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of (B, C, H, W) to channels-last tokens (B, H / p, W / p, E): convolution, then an optional norm."""
+    """Patches of (B, C, H, W) to channels-last tokens (B, H / p, W / p, E): convolution, then an optional norm.
+
+    Zeros at the bottom and the right complete the last patches.
+    """
 
     def __init__(self, channels: int, width: int, patch: int, norm_eps: float | None = 1e-5) -> None:
         super().__init__()
@@ -73,6 +73,9 @@ class PatchEmbed(nn.Module):
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        down, right = (-side % patch for side, patch in zip(x.shape[2:], self.proj.kernel_size, strict=True))
+        if down or right:
+            x = F.pad(x, (0, right, 0, down))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -97,59 +100,16 @@ class PixelHead(nn.Conv2d):
 
 
 def merge_neighbours(x: Tensor) -> Tensor:
-    """(..., H, W, C) -> (..., H / 2, W / 2, 4 C), the 2x2 neighbours in the order (0,0), (1,0), (0,1), (1,1)."""
+    """(..., H, W, C) -> (..., H / 2, W / 2, 4 C), the 2x2 neighbours in the order (0,0), (1,0), (0,1), (1,1).
+
+    Zeros complete an odd H or W.
+    """
+    if x.shape[-3] % 2 or x.shape[-2] % 2:
+        x = F.pad(x, (0, 0, 0, x.shape[-2] % 2, 0, x.shape[-3] % 2))
     *lead, height, width, channels = x.shape
     x = x.reshape(*lead, height // 2, 2, width // 2, 2, channels)
     # (h, row, w, column, c) -> (h, w, column, row, c): the row parity varies fastest
     return x.movedim(-4, -2).flatten(-3)
-
-
-class MaskedEncoder(nn.Module):
-    """An encoder that begins with patch embedding and one learned token in place of masked cells."""
-
-    def __init__(self, width: int, patch: int, norm_eps: float | None) -> None:
-        super().__init__()
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.patch_embed = PatchEmbed(3, width, patch, norm_eps)
-        self.cell_side = CELL // patch  # tokens
-
-    def forward(
-        self, image: Tensor, mask: Tensor | None = None, visible: Tensor | None = None, backend: str = "auto"
-    ) -> Tensor:
-        """Tokens (B, L, C) of (B, 3, H, W).
-
-        Args:
-            image: ImageNet-normalised RGB; cast to the dtype of the weights.
-            mask: (B, Gh, Gw) bool, True where masked; None shows everything.
-            visible: (B, V) int indices of the visible cells: embed those alone. Stands for ``mask``.
-            backend: implementation of that.
-        """
-        embedded = self._embed(image, mask) if visible is None else self._embed_visible(image, visible, backend)
-        return self.encode(embedded)
-
-    def block_stages(self) -> list[BlockStage]:
-        """The modules that run the blocks of each stage."""
-        raise NotImplementedError
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Embedded tokens (B, H / p, W / p, E) -> (B, L, C)."""
-        raise NotImplementedError
-
-    def _embed(self, image: Tensor, mask: Tensor | None) -> Tensor:
-        """Plain path: embed every patch, then overwrite masked ones. (B, 3, H, W) -> (B, H / p, W / p, C)."""
-        x = self.patch_embed(image.to(self.mask_token.dtype))
-        if mask is None:
-            return x
-        weight = reference.upsample_mask(mask, self.cell_side).unsqueeze(-1).to(x.dtype)
-        return x * (1 - weight) + self.mask_token.view(-1) * weight
-
-    def _embed_visible(self, image: Tensor, visible: Tensor, backend: str) -> Tensor:
-        """Gathered path: embed the visible cells alone; the rest is the mask token. Same result as ``_embed``."""
-        proj, norm = self.patch_embed.proj, self.patch_embed.norm
-        assert proj.bias is not None
-        weight, bias, eps = (None, None, 0.0) if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
-        token = self.mask_token.view(-1)
-        return ops.embed_visible(image, visible, proj.weight, proj.bias, weight, bias, eps, token, backend=backend)
 
 
 def init_trunc_normal(module: nn.Module, cut: float = 2.0) -> None:

@@ -1,9 +1,10 @@
 """Models by name."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from sgmim_fast.config import Attention, Backend, ModelConfig
+from sgmim_fast.config.checks import known_fields
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.recipes import MODELS
@@ -27,8 +28,5 @@ def create_model(
         if model not in MODELS:
             raise UserError(f"model {model!r} is unknown; choose one of {', '.join(MODELS)}")
         model = MODELS[model]
-    known = [field.name for field in fields(ModelConfig)]
-    unknown = sorted(overrides.keys() - set(known))
-    if unknown:
-        raise UserError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(known)}")
+    known_fields(ModelConfig, overrides)
     return SGMIM(replace(model, **overrides), backend, attention)

@@ -3,7 +3,6 @@
 SG-MIM (arXiv 2409.02513), and SimMIM (2111.09886) with ``guidance="none"``. ``docs/method.md`` has the formulas.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,15 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgmim_fast import ops, reference
-from sgmim_fast.attention import check_attention
 from sgmim_fast.config import Attention, Backend, ModelConfig
 from sgmim_fast.errors import UserError
 from sgmim_fast.masking import CELL, mask_indices
+from sgmim_fast.models.choices import Choices, make_encoder
 from sgmim_fast.models.guidance import RelationalGuidance, token_index
-from sgmim_fast.models.layers import Dispatched, PixelHead
+from sgmim_fast.models.layers import PixelHead
 from sgmim_fast.models.structure import StructureEncoder
-from sgmim_fast.models.swin import SwinEncoder
-from sgmim_fast.models.vit import ViTEncoder
 
 
 class PretrainOutput(NamedTuple):
@@ -41,19 +38,16 @@ class Pictures:
     """(B, c, H, W): the structure head everywhere; only visible cells enter the loss."""
 
 
-class SGMIM(nn.Module):
+class SGMIM(Choices):
     """Masked image modelling guided by a structure map.
 
     Build it with ``create_model``. Parameters carry the names of the authors' code.
     """
 
-    backend: Backend = "auto"
-    attention: Attention = "auto"
-
     def __init__(self, config: ModelConfig, backend: Backend = "auto", attention: Attention = "auto") -> None:
         super().__init__()
         self.config = config
-        self.encoder = ViTEncoder(config) if config.encoder == "vit" else SwinEncoder(config)
+        self.encoder = make_encoder(config)
         width, pixels = config.num_features, config.stride**2
         if config.guidance == "none":
             self.decoder = nn.Sequential(PixelHead(width, 3 * pixels))
@@ -64,47 +58,6 @@ class SGMIM(nn.Module):
             self.dep_decoder = nn.Sequential(PixelHead(width, config.structure_channels * pixels))
         self.set_backend(backend)
         self.set_attention(attention)
-
-    def set_backend(self, backend: Backend) -> None:
-        """Choose the implementation: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
-
-        Raises:
-            UserError: if it is unknown or cannot run, where the model is now and beside the attention chosen.
-        """
-        self._choose(backend, self.attention)
-
-    def set_attention(self, attention: Attention) -> None:
-        """Choose the attention: ``"auto"`` for the backend's own, ``"sdpa"`` or ``"xformers"`` in its place.
-
-        Raises:
-            UserError: if it is unknown or cannot run, where the model is now and beside the backend chosen.
-        """
-        self._choose(self.backend, attention)
-
-    def _choose(self, backend: Backend, attention: Attention) -> None:
-        token = self.encoder.mask_token
-        check_attention(attention, ops.resolve_backend(backend, token), token.device)
-        for module in self.modules():
-            if module is self or isinstance(module, Dispatched):
-                module.backend, module.attention = backend, attention
-
-    def set_activation_checkpointing(self, stages: Sequence[int]) -> None:
-        """Let the blocks of these encoder stages (from 0; ViT has stage 0 alone) keep no activations.
-
-        They run again in the backward pass: the same losses and gradients for less memory and more time.
-
-        Raises:
-            UserError: for a stage that the encoder lacks.
-        """
-        found = self.encoder.block_stages()
-        for stage in stages:
-            if not 0 <= stage < len(found):
-                raise UserError(
-                    f"activation checkpointing of stage {stage} cannot be: the {self.config.encoder} encoder's stages "
-                    f"are 0 to {len(found) - 1}"
-                )
-        for number, module in enumerate(found):
-            module.checkpointed = number in stages
 
     @property
     def image_head(self) -> nn.Sequential:

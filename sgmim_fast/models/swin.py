@@ -1,4 +1,4 @@
-"""Swin (arXiv 2103.14030) and Swin V2 (2111.09883) encoders for masked image modelling.
+"""Swin (arXiv 2103.14030) and Swin V2 (2111.09883) encoders, for pre-training and for use on whole images.
 
 Parameter names and shapes are those of the official code, so its checkpoints load as they are.
 Token maps are channels-last: (B, H, W, C).
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgmim_fast import ops
-from sgmim_fast.config import ModelConfig
+from sgmim_fast.config import BackboneConfig, ModelConfig
+from sgmim_fast.models.encoder import ImageEncoder
 from sgmim_fast.models.layers import (
     BlockStage,
     Dispatched,
     DropPath,
-    MaskedEncoder,
     Mlp,
     QkvLinear,
     init_trunc_normal,
@@ -27,7 +27,11 @@ MAX_LOGIT_SCALE = math.log(100.0)
 
 
 class _WindowAttention(Dispatched):
-    """What both versions share: padding to whole windows, the attention itself, the output projection."""
+    """What both versions share: padding to whole windows, the attention itself, the output projection.
+
+    A map whose shorter side one window covers is not shifted, whatever ``shift`` says; one that is smaller than a
+    window is completed to one, like any other.
+    """
 
     def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
         super().__init__()
@@ -45,6 +49,7 @@ class _WindowAttention(Dispatched):
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, channels = x.shape
+        shift = self.shift if min(height, width) > self.window else 0
         # As in Swin's detection and segmentation code: zero tokens complete the last windows.
         down, right = -height % self.window, -width % self.window
         if down or right:
@@ -52,7 +57,7 @@ class _WindowAttention(Dispatched):
         qkv = self.project_qkv(x).unflatten(-1, (3, self.heads, channels // self.heads))
         table = self.bias_table().to(qkv.dtype)
         choice = {"backend": self.backend, "attention": self.attention}
-        out = ops.window_attention(qkv, table, self.window, self.shift, self.scale(), **choice)
+        out = ops.window_attention(qkv, table, self.window, shift, self.scale(), **choice)
         return self.proj(out[:, :height, :width])
 
 
@@ -73,10 +78,14 @@ class WindowAttention(_WindowAttention):
 
 
 class CosineWindowAttention(_WindowAttention):
-    """Swin V2: cosine similarity with a learned scale a head, bias from a small MLP on log-spaced offsets."""
+    """Swin V2: cosine similarity with a learned scale a head, bias from a small MLP on log-spaced offsets.
 
-    def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
+    Offsets are measured by the window of pre-training, so that another window asks the same MLP for further ones.
+    """
+
+    def __init__(self, width: int, heads: int, window: int, shift: int, pretrained_window: int) -> None:
         super().__init__(width, heads, window, shift)
+        self.pretrained_window = pretrained_window
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
         self.qkv = QkvLinear(width)
@@ -90,7 +99,7 @@ class CosineWindowAttention(_WindowAttention):
         """16 * sigmoid(mlp(offsets)): ((2 * window - 1) ** 2, heads)."""
         # In float32 whatever the weights are: the official code rounds these constants so.
         offset = torch.arange(1 - self.window, self.window, device=self.q_bias.device, dtype=torch.float32)
-        offset = offset / max(self.window - 1, 1) * 8
+        offset = offset / max(self.pretrained_window - 1, 1) * 8
         offset = torch.sign(offset) * torch.log2(offset.abs() + 1) / math.log2(8)
         pairs = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), -1).flatten(0, 1)
         return 16 * torch.sigmoid(self.cpb_mlp(pairs.to(self.q_bias.dtype)))
@@ -102,13 +111,19 @@ class CosineWindowAttention(_WindowAttention):
 class SwinBlock(nn.Module):
     """Window attention and MLP, each with a residual; norms before them (Swin) or after them (Swin V2)."""
 
-    def __init__(self, config: ModelConfig, width: int, heads: int, window: int, shift: int, drop_path: float) -> None:
+    def __init__(self, config: BackboneConfig, stage: int, shifted: bool, drop_path: float) -> None:
         super().__init__()
+        width, heads, eps = config.embed_dim * 2**stage, config.num_heads[stage], config.norm_eps
+        window, _, pretrained_window = config.window_of(stage)
+        shift = window // 2 if shifted else 0
         self.post_norm = config.encoder == "swinv2"
-        attention = CosineWindowAttention if self.post_norm else WindowAttention
-        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.attn = attention(width, heads, window, shift)
-        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = (
+            CosineWindowAttention(width, heads, window, shift, pretrained_window)
+            if self.post_norm
+            else WindowAttention(width, heads, window, shift)
+        )
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width)
         self.drop_path = DropPath(drop_path)
 
@@ -135,26 +150,23 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(BlockStage):
-    """Blocks of one resolution, every second one shifted, and the merging to the next."""
+    """Blocks of one resolution, every second one shifted; it also holds the merging to the next."""
 
-    def __init__(self, config: ModelConfig, stage: int, drop_paths: list[float]) -> None:
+    def __init__(self, config: BackboneConfig, stage: int, drop_paths: list[float], last: bool) -> None:
         super().__init__()
         self.draws = max(drop_paths) > 0.0
-        width, heads = config.embed_dim * 2**stage, config.num_heads[stage]
-        side = min(config.hw) // (config.patch_size * 2**stage)  # tokens of the map's shorter side
-        window = min(config.window_size, side)
-        shift = window // 2 if side > config.window_size else 0
+        use_shift = config.window_of(stage)[1]
         self.blocks = nn.ModuleList(
-            SwinBlock(config, width, heads, window, shift if number % 2 else 0, rate)
-            for number, rate in enumerate(drop_paths)
+            SwinBlock(config, stage, use_shift and number % 2 == 1, rate) for number, rate in enumerate(drop_paths)
         )
-        last = stage == len(config.depths) - 1
+        width = config.embed_dim * 2**stage
         self.downsample = None if last else PatchMerging(width, config.norm_eps, config.encoder == "swinv2")
 
     def forward(self, x: Tensor) -> Tensor:
+        """The blocks alone: (B, H, W, C) -> (B, H, W, C)."""
         for block in self.blocks:
             x = self.run_block(block, x)
-        return x if self.downsample is None else self.downsample(x)
+        return x
 
 
 def _silence_post_norms(module: nn.Module) -> None:
@@ -164,25 +176,35 @@ def _silence_post_norms(module: nn.Module) -> None:
         nn.init.zeros_(module.norm2.weight)
 
 
-class SwinEncoder(MaskedEncoder):
+class SwinEncoder(ImageEncoder):
     """Swin or Swin V2, by ``config.encoder``."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.embed_dim, config.patch_size, config.norm_eps)
-        self.config = config
-        rates = iter(torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist())
+    def __init__(self, config: ModelConfig | BackboneConfig) -> None:
+        super().__init__(config, config.norm_eps)
+        shape = self.shape
+        rates = iter(torch.linspace(0, shape.drop_path_rate, sum(shape.depths), device="cpu").tolist())
+        last = shape.out_indices[-1]
         self.layers = nn.ModuleList(
-            SwinStage(config, stage, [next(rates) for _ in range(depth)]) for stage, depth in enumerate(config.depths)
+            SwinStage(shape, stage, [next(rates) for _ in range(depth)], stage == last)
+            for stage, depth in enumerate(shape.depths[: last + 1])
         )
-        self.norm = nn.LayerNorm(config.num_features, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(shape.num_features, eps=shape.norm_eps) if shape.has_own_norm else None
         self.apply(init_trunc_normal)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.apply(_silence_post_norms)
 
     def block_stages(self) -> list[BlockStage]:
         return [layer for layer in self.layers if isinstance(layer, BlockStage)]
 
-    def encode(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
+    def maps(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for stage, layer in enumerate(self.layers):
             x = layer(x)
-        return self.norm(x).flatten(1, 2)
+            if stage in self.shape.out_indices:
+                maps.append(x)
+            if layer.downsample is not None:
+                x = layer.downsample(x)  # type: ignore[operator]
+        if self.norm is not None:
+            maps[-1] = self.norm(maps[-1])
+        return maps

@@ -9,17 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sgmim_fast import ops
-from sgmim_fast.config import ModelConfig
-from sgmim_fast.masking import CELL
-from sgmim_fast.models.layers import (
-    BlockStage,
-    Dispatched,
-    DropPath,
-    MaskedEncoder,
-    Mlp,
-    QkvLinear,
-    init_trunc_normal,
-)
+from sgmim_fast.config import BackboneConfig, ModelConfig
+from sgmim_fast.models.encoder import ImageEncoder
+from sgmim_fast.models.layers import BlockStage, Dispatched, DropPath, Mlp, QkvLinear, init_trunc_normal
+from sgmim_fast.position_tables import resize_table
 
 
 class Attention(Dispatched):
@@ -42,7 +35,7 @@ class Attention(Dispatched):
 class Block(nn.Module):
     """Pre-norm attention and MLP with optional layer scale."""
 
-    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+    def __init__(self, config: BackboneConfig, drop_path: float) -> None:
         super().__init__()
         width, scale = config.embed_dim, config.layer_scale_init
         self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
@@ -65,35 +58,39 @@ class SharedRelativePositionBias(nn.Module):
 
     def __init__(self, grid: tuple[int, int], heads: int) -> None:
         super().__init__()
+        self.grid = grid
         rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
 
-    def forward(self) -> Tensor:
-        return self.relative_position_bias_table
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """The table for maps of ``grid`` (H, W); resized if it was made for others."""
+        table = self.relative_position_bias_table
+        return table if grid == self.grid else resize_table(table, self.grid, grid, "bicubic")
 
 
-class ViTEncoder(MaskedEncoder, BlockStage):
+class ViTEncoder(ImageEncoder, BlockStage):
     """ViT whose class token is dropped at the end."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.embed_dim, config.patch_size, norm_eps=None)
-        self.config = config
-        side = CELL // config.patch_size
-        self.map = (config.grid[0] * side, config.grid[1] * side)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-        self.rel_pos_bias = SharedRelativePositionBias(self.map, config.num_heads[0])
-        rates = torch.linspace(0, config.drop_path_rate, config.depths[0], device="cpu").tolist()
+    def __init__(self, config: ModelConfig | BackboneConfig) -> None:
+        super().__init__(config, norm_eps=None)
+        shape = self.shape
+        rows, columns = shape.stage_map(0)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.embed_dim))
+        self.map = (rows, columns)
+        self.rel_pos_bias = SharedRelativePositionBias(self.map, shape.num_heads[0])
+        rates = torch.linspace(0, shape.drop_path_rate, shape.depths[0], device="cpu").tolist()
         self.draws = max(rates) > 0.0
-        blocks = [Block(config, rate) for rate in rates]
+        blocks = [Block(shape, rate) for rate in rates[: shape.out_indices[-1] + 1]]
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(shape.embed_dim, eps=shape.norm_eps) if shape.has_own_norm else None
         self._initialize(blocks)
 
     def _initialize(self, blocks: list[Block]) -> None:
         """SimMIM's ViT cuts the normal at one standard deviation, and starts the bias table at zero."""
         self.apply(lambda module: init_trunc_normal(module, cut=0.02))
         for parameter in (self.patch_embed.proj.weight, self.cls_token, self.mask_token):
-            nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
         assert self.patch_embed.proj.bias is not None
         nn.init.zeros_(self.patch_embed.proj.bias)
         with torch.no_grad():
@@ -104,12 +101,14 @@ class ViTEncoder(MaskedEncoder, BlockStage):
     def block_stages(self) -> list[BlockStage]:
         return [self]
 
-    def encode(self, x: Tensor) -> Tensor:
+    def maps(self, x: Tensor) -> list[Tensor]:
         grid = (x.shape[1], x.shape[2])
-        if grid != self.map:
-            raise ValueError(f"this encoder's position table is for {self.map} tokens; the image gives {grid}")
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
-        table = self.rel_pos_bias()
-        for block in self.blocks:
+        table = self.rel_pos_bias(grid)
+        found = []
+        for number, block in enumerate(self.blocks):
             x = self.run_block(block, x, table, grid)
-        return self.norm(x)[:, 1:]
+            found += [x] * self.shape.out_indices.count(number)
+        if self.norm is not None:
+            found[-1] = self.norm(found[-1])
+        return [tokens[:, 1:].unflatten(1, grid) for tokens in found]

@@ -9,6 +9,7 @@ from typing import Any
 from sgmim_fast.config import PretrainConfig
 from sgmim_fast.errors import UserError
 from sgmim_fast.train.arguments import load_config
+from sgmim_fast.train.programs import PRETRAIN
 from sgmim_fast.train.run_folder import LATEST, WEIGHTS, checkpoints, latest_name
 
 Row = dict[str, float | None]
@@ -75,7 +76,7 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} is not a run: it {what}; give the folder that pre-training wrote (its --output)")
-    settings = load_config(path)
+    settings = load_config(path, PRETRAIN)
     rows, notes = _read_metrics(folder / "metrics.jsonl")
     found = _list_checkpoints(folder)
     weights, notice = _choose_weights(folder, found)

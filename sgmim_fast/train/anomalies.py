@@ -25,13 +25,21 @@ class SkippedSteps:
     Args:
         count: skipped steps before a resumed run.
         most_in_a_row: more than this many end the run.
+        sources: entries of a batch that were read from files.
         say: told of every skipped step.
     """
 
     def __init__(
-        self, run: Path, agreement: Agreement, count: int, most_in_a_row: int, say: Callable[[str], None]
+        self,
+        run: Path,
+        agreement: Agreement,
+        count: int,
+        most_in_a_row: int,
+        sources: Sequence[str],
+        say: Callable[[str], None],
     ) -> None:
         self.count, self._run, self._agreement, self._most, self._say = count, run, agreement, most_in_a_row, say
+        self._sources = sources
         self._in_a_row = 0
 
     def taken(self) -> None:
@@ -54,9 +62,9 @@ class SkippedSteps:
                 "step": step,
                 "epoch": epoch,
                 "rank": rank,
-                "loss": loss if math.isfinite(loss := float(micro.out.loss)) else str(loss),
+                "loss": loss if math.isfinite(loss := float(micro.loss)) else str(loss),
                 "samples": micro.batch["index"].tolist(),
-                "samples_not_finite": _not_finite(micro.batch),
+                "samples_not_finite": _not_finite(micro.batch, self._sources),
             }
             for micro in micro_steps
         ]
@@ -89,11 +97,11 @@ class SkippedSteps:
             save_file({key: value.contiguous() for key, value in batch.items()}, folder / f"{name}.safetensors")
 
 
-def _not_finite(batch: Mapping[str, Tensor]) -> list[int]:
-    """Samples whose image or map itself holds numbers that are not finite."""
+def _not_finite(batch: Mapping[str, Tensor], sources: Sequence[str]) -> list[int]:
+    """Samples whose files themselves hold numbers that are not finite."""
     index = batch["index"]
     bad = torch.zeros(len(index), dtype=torch.bool)
-    for name in ("image", "structure"):
+    for name in sources:
         if name in batch:
             bad |= ~torch.isfinite(batch[name]).flatten(1).all(1)
     return [int(i) for i, is_bad in zip(index.tolist(), bad.tolist(), strict=True) if is_bad]

@@ -11,42 +11,40 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import tyro
 import yaml
 
-from sgmim_fast.config import PretrainConfig
+from sgmim_fast.config import RunConfig
 from sgmim_fast.errors import UserError
-from sgmim_fast.recipes import RECIPES
 
-DESCRIPTION = """Pre-train an encoder by SG-MIM on a folder of image and structure-map pairs.
-
-Start it with a launcher, one process a GPU (or, without GPUs, a CPU rank each):
-  deepspeed --num_gpus 2 --module sgmim_fast.pretrain --recipe swin_base_100ep --data DIR --output runs/one
-  torchrun --nproc-per-node 2 -m sgmim_fast.pretrain --recipe swin_base_100ep --data DIR --output runs/one
-  sgmim pretrain --num-gpus 2 --recipe swin_base_100ep --data DIR --output runs/one
-
---recipe NAME   start from one of: {recipes}
---config FILE   YAML with any of the options below, nested by their dots
---data PATH     short for --data.path
---loader NAME   short for --data.loader
---compile       short for --train.compile
---profile STEPS short for --monitor.profile-steps
-"""
-
-SHORT = {
-    "--data": "--data.path",
-    "--loader": "--data.loader",
-    "--compile": "--train.compile",
-    "--no-compile": "--train.no-compile",
-    "--profile": "--monitor.profile-steps",
-}
+Config = TypeVar("Config", bound=RunConfig)
+_FIRST_KIND = "pretrain"
+"""Of runs that were written when there was no other."""
 
 
-def parse_config(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
+@dataclass(frozen=True, kw_only=True)
+class Program(Generic[Config]):
+    """A kind of run as the command line knows it."""
+
+    kind: str
+    """As ``Job.kind``; written to ``config.json``."""
+    command: str
+    """What people type."""
+    description: str
+    """What ``--help`` begins with; ``{recipes}`` becomes their names."""
+    recipes: Mapping[str, Callable[[], Config]]
+    recipe: str
+    """The one that is meant where none is named."""
+    short: Mapping[str, str]
+    """Options by a shorter name."""
+
+
+def parse_config(argv: Sequence[str], program: Program[Config]) -> tuple[Config, str]:
     """The configuration that ``argv`` (without the program's name) asks for, and the recipe's name.
 
     Raises:
@@ -54,31 +52,52 @@ def parse_config(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
         SystemExit: after ``--help``.
     """
     outer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    outer.add_argument("--recipe", default="swin_base_100ep")
+    outer.add_argument("--recipe", default=program.recipe)
     outer.add_argument("--config", type=Path)
     outer.add_argument("--local_rank", "--local-rank", type=int)  # passed by the deepspeed launcher
     known, rest = outer.parse_known_args(list(argv))
-    if known.recipe not in RECIPES:
-        raise UserError(f"recipe {known.recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-    rest = [_expand(word) for word in rest]
+    if known.recipe not in program.recipes:
+        raise UserError(f"recipe {known.recipe!r} is unknown; choose one of {', '.join(program.recipes)}")
+    rest = [_expand(word, program.short) for word in rest]
     if known.config is not None:
         rest = [*_flatten(_read_mapping(known.config)), *rest]
-    return _parse(rest, RECIPES[known.recipe]()), known.recipe
+    return _parse(rest, program, program.recipes[known.recipe]()), known.recipe
 
 
-def load_config(path: Path) -> PretrainConfig:
-    """The configuration that a run wrote to its ``config.json``."""
+def load_config(path: Path, program: Program[Config]) -> Config:
+    """The configuration that a run of ``program``'s kind wrote to its ``config.json``.
+
+    Raises:
+        UserError: if it cannot be read, or is one of another kind of run.
+    """
     content = dict(_read_mapping(path))
+    kind = content.pop("kind", _FIRST_KIND)
+    if kind != program.kind:
+        raise UserError(f"{path}: is the configuration of a run of another kind ({kind}, not {program.kind})")
     content.pop("recipe", None)
-    return _parse(list(_flatten(content)), PretrainConfig())
+    return _parse(list(_flatten(content)), program, type(program.recipes[program.recipe]())())
 
 
-def config_to_json(config: PretrainConfig, recipe: str) -> str:
+def changed_config(config: Config, words: Sequence[str], program: Program[Config]) -> Config:
+    """``config`` with the options ``words`` in the place of its own.
+
+    Raises:
+        UserError: as ``parse_config``.
+    """
+    return _parse([_expand(word, program.short) for word in words], program, config)
+
+
+def kind_of_run(path: Path) -> str:
+    """``Job.kind`` of the run that wrote a ``config.json``."""
+    return str(_read_mapping(path).get("kind", _FIRST_KIND))
+
+
+def config_to_json(config: RunConfig, recipe: str, kind: str) -> str:
     """What ``load_config`` reads."""
-    return json.dumps({"recipe": recipe, **dataclasses.asdict(config)}, indent=2) + "\n"
+    return json.dumps({"kind": kind, "recipe": recipe, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
-def _parse(args: list[str], default: PretrainConfig) -> PretrainConfig:
+def _parse(args: list[str], program: Program[Config], default: Config) -> Config:
     options = _option_names(default)
     for word in args:
         name = word.split("=")[0].replace("_", "-")
@@ -90,11 +109,11 @@ def _parse(args: list[str], default: PretrainConfig) -> PretrainConfig:
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                PretrainConfig,
+                type(default),
                 args=args,
                 default=default,
-                prog="sgmim pretrain",
-                description=DESCRIPTION.format(recipes=", ".join(RECIPES)),
+                prog=program.command,
+                description=program.description.format(recipes=", ".join(program.recipes)),
             )
     except SystemExit as stop:
         if stop.code:
@@ -122,9 +141,9 @@ def _option_names(config: Any, prefix: str = "--") -> list[str]:
     return names
 
 
-def _expand(word: str) -> str:
+def _expand(word: str, short: Mapping[str, str]) -> str:
     name, equals, value = word.partition("=")
-    return SHORT.get(name, name) + equals + value
+    return short.get(name, name) + equals + value
 
 
 def _read_mapping(path: Path) -> Mapping[str, Any]:

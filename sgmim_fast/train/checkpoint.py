@@ -16,13 +16,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from torch import distributed
+from torch import Tensor, distributed, nn
 
 from sgmim_fast import __version__
-from sgmim_fast.config import PretrainConfig
+from sgmim_fast.config import RunConfig
 from sgmim_fast.data.order import LoaderState
 from sgmim_fast.errors import UserError, first_line
-from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.train.agreement import Agreement
 from sgmim_fast.train.environment import commit, versions
 from sgmim_fast.train.ranks import on_chief
@@ -39,7 +38,6 @@ from sgmim_fast.train.run_folder import (
     temporary_name,
 )
 from sgmim_fast.train.shard_writer import ShardWriter
-from sgmim_fast.weights import save_weights
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,14 @@ class Position:
     """Optimizer steps done."""
     loader: LoaderState
     config: dict[str, Any]
-    """Fields of ``PretrainConfig``."""
+    """Fields of the run's configuration."""
     versions: dict[str, str]
     """Of the packages and the code that wrote it."""
     skipped_steps: int = 0
     """Of the steps done, those whose gradient was not finite."""
 
     @classmethod
-    def at(cls, step: int, loader: LoaderState, config: PretrainConfig) -> "Position":
+    def at(cls, step: int, loader: LoaderState, config: RunConfig) -> "Position":
         """The position of a run of this version."""
         made_by = {"sgmim_fast": __version__, "commit": commit(), **versions()}
         return cls(step, loader, json.loads(json.dumps(asdict(config))), made_by)
@@ -72,6 +70,8 @@ class Checkpoints:
 
     Args:
         engine: whose state is saved; its checkpoint engine is replaced.
+        model: whose weights are saved by name, besides.
+        save: writes those weights.
         beside: write while training goes on; a checkpoint is then complete some steps after it was begun.
         say: told of every checkpoint that is complete.
     """
@@ -79,14 +79,16 @@ class Checkpoints:
     def __init__(
         self,
         engine: deepspeed.DeepSpeedEngine,
-        model: SGMIM,
+        model: nn.Module,
+        save: Callable[[dict[str, Tensor], Path], None],
         run: Path,
         agreement: Agreement,
         *,
         beside: bool,
         say: Callable[[str], None],
     ) -> None:
-        self._engine, self._model, self._run, self._agreement, self._say = engine, model, run, agreement, say
+        self._engine, self._model, self._save = engine, model, save
+        self._run, self._agreement, self._say = run, agreement, say
         self._writer = ShardWriter(beside)
         engine.checkpoint_engine = self._writer
         # A program beside the shards that nobody needs who has WEIGHTS; copying it fails in its own way on a full disk.
@@ -124,7 +126,7 @@ class Checkpoints:
         weights = full_weights(self._model)
         if self._chief:
             state = json.dumps(asdict(position), indent=2) + "\n"
-            self._writer.put(temporary / WEIGHTS, lambda path: _save_full(weights, self._model, path))
+            self._writer.put(temporary / WEIGHTS, lambda path: self._save(weights, path))
             self._writer.put(temporary / STATE, lambda path: path.write_text(state))
 
     def complete(self) -> Path:
@@ -230,9 +232,10 @@ def read_position(folder: Path) -> Position:
     return Position(**content | {"loader": LoaderState(**content["loader"])})
 
 
-def full_weights(model: SGMIM) -> dict[str, torch.Tensor]:
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's fp32 state on the host, whatever DeepSpeed has done to it; a collective under ZeRO."""
-    weights = {}
+    kept = model.state_dict(keep_vars=True)
+    weights = {name: value.detach().to("cpu", copy=True) for name, value in model.named_buffers() if name in kept}
     for name, parameter in model.named_parameters():
         # Under ZeRO the exact weights are the optimizer's fp32 partitions, not the module's copy.
         full = (
@@ -242,10 +245,3 @@ def full_weights(model: SGMIM) -> dict[str, torch.Tensor]:
         )
         weights[name] = (parameter.detach() if full is None else full).to("cpu", torch.float32, copy=True)
     return weights
-
-
-def _save_full(weights: dict[str, torch.Tensor], model: SGMIM, path: Path) -> None:
-    with torch.device("meta"):
-        twin = SGMIM(model.config)
-    twin.load_state_dict(weights, assign=True)
-    save_weights(twin, path, layout="simmim" if model.config.guidance == "none" else "sgmim")

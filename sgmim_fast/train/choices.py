@@ -4,15 +4,14 @@ import torch
 
 from sgmim_fast import ops
 from sgmim_fast.attention import check_attention
-from sgmim_fast.config import PretrainConfig
-from sgmim_fast.data.dali_decoding import import_dali
+from sgmim_fast.config import RunConfig
 from sgmim_fast.models.norms import check_norm
 from sgmim_fast.train.compiling import check_compiler
 from sgmim_fast.train.optim import check_optimizer
 from sgmim_fast.train.wandb_sink import check_wandb
 
 
-def check_choices(config: PretrainConfig, device: torch.device) -> None:
+def check_choices(config: RunConfig, device: torch.device) -> None:
     """Refuse choices of ``config`` that cannot run on ``device``.
 
     Raises:
@@ -23,8 +22,6 @@ def check_choices(config: PretrainConfig, device: torch.device) -> None:
     check_attention(train.attention, backend, device)
     check_norm(train.norm, device)
     check_optimizer(config.optimizer.implementation, device)
-    if config.data.loader == "dali":
-        import_dali()
     if train.compile:
         check_compiler(device)
     check_wandb(config.monitor.wandb)

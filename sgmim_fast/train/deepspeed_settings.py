@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from sgmim_fast.config import PretrainConfig, TrainConfig
+from sgmim_fast.config import RunConfig, TrainConfig
 
 
-def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration for a run."""
     return {
         "train_micro_batch_size_per_gpu": config.train.batch_size,

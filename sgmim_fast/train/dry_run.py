@@ -6,19 +6,16 @@ The task is built, and takes a step, on tensors without memory ("meta"). How nea
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from sgmim_fast.config import Backend, PretrainConfig
-from sgmim_fast.data.loading import sample_order
-from sgmim_fast.data.sources import open_pairs
+from sgmim_fast.config import Backend
 from sgmim_fast.errors import UserError
-from sgmim_fast.tasks.pretrain import PretrainTask
-from sgmim_fast.train.activation_memory import meta_batch, step_memory
-from sgmim_fast.train.flops import training_flops_per_image
-from sgmim_fast.train.optim import parameter_groups
+from sgmim_fast.train.activation_memory import step_memory
+from sgmim_fast.train.job import Job
 from sgmim_fast.train.zero_layout import ADAM_STATES, FP32, ZeroLayout, zero_layout
 
 GIB = 1 << 30
@@ -30,7 +27,7 @@ class Estimate:
 
     world_size: int
     parameters: dict[str, int]
-    """Elements by part: "encoder", "guidance" (with the structure encoder), "heads"."""
+    """Elements by part of the model."""
     layout: ZeroLayout
     activations: int
     """Kept by the forward pass for the backward pass, activation checkpointing respected."""
@@ -39,7 +36,7 @@ class Estimate:
     batch: int
     """One micro-batch."""
     flops_per_image: int
-    """Model FLOPs of forward and backward; see ``training_flops_per_image``."""
+    """Model FLOPs of forward and backward; see ``Job.flops_per_image``."""
     images_per_rank: int
     """Pairs a rank and optimizer step, accumulation included."""
     checkpoint: int
@@ -73,41 +70,36 @@ class Estimate:
         return zero.master + zero.optimizer + zero.step + zero.host_buffers if zero.offloaded else 0
 
 
-def estimate(config: PretrainConfig, world_size: int) -> Estimate:
-    """What a run of ``config`` on ``world_size`` ranks takes; a second or two for a base model.
+def estimate(job: Job[Any], world_size: int) -> Estimate:
+    """What a run of ``job`` on ``world_size`` ranks takes; a second or two for a base model.
 
     Activations are those of the plain path for ``train.backend`` "reference", and of the gathered path in PyTorch's
     operations for all others: kernels, libraries' attention and the compiler keep less.
     """
     if world_size < 1:
         raise UserError(f"a run needs 1 rank or more, not {world_size}")
-    train = config.train
+    train = job.config.train
     backend: Backend = "reference" if train.backend == "reference" else "torch"
     with torch.device("meta"):  # no generator draws, so a run that asks for this in between stays as it was
-        task = PretrainTask(config.model, backend, activation_checkpointing=train.activation_checkpointing)
-    groups = parameter_groups(task, config.optimizer.weight_decay)
+        task = job.make_task(None, backend)
+    groups = job.parameter_groups(task)
     layout = zero_layout(train, [[p.numel() for p in group["params"]] for group in groups], world_size)
-    batch = meta_batch(config)
+    batch = job.meta_batch()
     activations, peak = step_memory(task.bfloat16() if train.precision == "bf16" else task, batch)
     return Estimate(
         world_size=world_size,
-        parameters=_parameters(task),
+        parameters={
+            part: sum(p.numel() for module in modules for p in module.parameters())
+            for part, modules in job.parts(task).items()
+        },
         layout=layout,
         activations=activations,
         temporaries=peak - activations,
         batch=sum(value.nbytes for value in batch.values()),
-        flops_per_image=training_flops_per_image(config.model, backend, config.data.mask_ratio),
+        flops_per_image=job.flops_per_image(backend),
         images_per_rank=train.batch_size * train.accumulation_steps,
         checkpoint=_checkpoint_bytes(sum(p.numel() for p in task.parameters()), train.zero_stage, train.precision),
     )
-
-
-def _parameters(task: PretrainTask) -> dict[str, int]:
-    parts = {"encoder": 0, "guidance": 0, "heads": 0}
-    for name, child in task.model.named_children():
-        part = "encoder" if name == "encoder" else "heads" if name.endswith("decoder") else "guidance"
-        parts[part] += sum(p.numel() for p in child.parameters())
-    return parts
 
 
 def _checkpoint_bytes(parameters: int, stage: int, precision: str) -> int:
@@ -117,19 +109,17 @@ def _checkpoint_bytes(parameters: int, stage: int, precision: str) -> int:
     return (stored + FP32) * parameters
 
 
-def dry_run(config: PretrainConfig, world_size: int) -> None:
+def dry_run(job: Job[Any], world_size: int) -> None:
     """Print what a run takes. Reads the list of pairs if there is one, and writes nothing.
 
     Raises:
         UserError: if the run cannot be.
     """
-    found = estimate(config, world_size)
+    found, train = estimate(job, world_size), job.config.train
     sections = {
-        f"parameters, {config.model.encoder} encoder, guidance {config.model.guidance}": _parameter_rows(found),
-        f"memory of a rank, {config.train.precision}, ZeRO {config.train.zero_stage}, {world_size} rank(s)": [
-            *_memory_rows(found)
-        ],
-        "work": list(_work_rows(found, config)),
+        f"parameters, {job.described()}": _parameter_rows(found),
+        f"memory of a rank, {train.precision}, ZeRO {train.zero_stage}, {world_size} rank(s)": [*_memory_rows(found)],
+        "work": list(_work_rows(found, job)),
     }
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -176,27 +166,27 @@ def _memory_rows(found: Estimate) -> Iterator[Row]:
         yield "host memory", _size(found.host), "for the offloaded optimizer"
 
 
-def _work_rows(found: Estimate, config: PretrainConfig) -> Iterator[Row]:
+def _work_rows(found: Estimate, job: Job[Any]) -> Iterator[Row]:
     yield "pairs a step", str(found.images_per_step), f"{found.images_per_rank} a rank"
     yield "model FLOPs an image", f"{found.flops_per_image / 1e9:.2f} G", "forward and backward"
     yield "model FLOPs a step", f"{found.flops_per_step / 1e12:.2f} T", ""
     yield "model FLOPs a step and rank", f"{found.flops_per_step / found.world_size / 1e12:.2f} T", ""
     yield "a checkpoint on disk", _size(found.checkpoint), ""
-    steps, why = _steps_per_epoch(config, found.world_size)
+    steps, why = _steps_per_epoch(job, found.world_size)
     yield "steps an epoch", "unknown" if steps is None else str(steps), why
     if steps is not None:
-        total = steps * config.schedule.epochs
-        limit = config.train.max_steps
+        total = steps * job.epochs()
+        limit = job.config.train.max_steps
         yield "steps of the run", str(total if limit is None else min(total, limit)), ""
 
 
-def _steps_per_epoch(config: PretrainConfig, world_size: int) -> tuple[int | None, str]:
+def _steps_per_epoch(job: Job[Any], world_size: int) -> tuple[int | None, str]:
     """Optimizer steps an epoch and of how many pairs; None, and why, where that cannot be told."""
-    if not config.data.path:
+    if not job.config.data.path:
         return None, "--data names the pairs"
     try:
-        pairs = open_pairs(config.data.path, structure=config.model.guidance != "none")
-        return sample_order(pairs, config, world_size).steps_per_epoch, f"{len(pairs)} pairs"
+        job.open()
+        return job.order(world_size).steps_per_epoch, f"{job.samples} pairs"
     except UserError as error:
         return None, str(error)
 

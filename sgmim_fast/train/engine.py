@@ -1,37 +1,36 @@
-"""A pre-training run from its configuration to its end, on DeepSpeed whatever the number of ranks."""
+"""A training run from its configuration to its end, on DeepSpeed whatever the number of ranks."""
 
 import itertools
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
 
-from sgmim_fast.config import PretrainConfig
-from sgmim_fast.data.loading import build_loader, sample_order
-from sgmim_fast.data.members import Pairs
 from sgmim_fast.data.order import BEGIN
-from sgmim_fast.data.sources import open_pairs
 from sgmim_fast.train.agreement import Agreement
 from sgmim_fast.train.arguments import config_to_json
 from sgmim_fast.train.bad_samples import BadSampleLog
 from sgmim_fast.train.checkpoint import load_checkpoint, read_position
 from sgmim_fast.train.choices import check_choices
 from sgmim_fast.train.environment import describe_environment
+from sgmim_fast.train.job import Job
 from sgmim_fast.train.loop import Loop
 from sgmim_fast.train.ranks import joined_ranks, on_chief, own_device
 from sgmim_fast.train.reporting import Reporter
 from sgmim_fast.train.resuming import check_same_run, starting_point
+from sgmim_fast.train.rewinding import EVALUATIONS, METRICS
 from sgmim_fast.train.stopping import StopRequest
 from sgmim_fast.train.trainer import Trainer
 from sgmim_fast.train.universal import make_universal, remove_universal
 from sgmim_fast.train.watchdog import Watchdog
 
 
-def pretrain(config: PretrainConfig, recipe: str) -> bool:
-    """Pre-train as ``config`` says; every rank calls it.
+def run_job(job: Job[Any], recipe: str) -> bool:
+    """Train as ``job`` says; every rank calls it.
 
     Returns False if the run was asked to stop by SIGTERM, or lost its launcher, and has saved its last step; True if it
     has come to its end.
@@ -39,9 +38,11 @@ def pretrain(config: PretrainConfig, recipe: str) -> bool:
     Raises:
         UserError: for bad input; what the output folder holds already is left as it is.
     """
+    config = job.config
     run = Path(config.output)
     check_choices(config, own_device())
-    pairs = open_pairs(config.data.path, structure=config.model.guidance != "none")
+    job.check(own_device())
+    job.open()
     with (
         StopRequest() as stop,
         joined_ranks(config.fault.collective_timeout) as device,
@@ -52,10 +53,7 @@ def pretrain(config: PretrainConfig, recipe: str) -> bool:
         watchdog.beat("reading checkpoints")
         checkpoint = on_chief(lambda: starting_point(run, config.resume, say))
         watchdog.beat("making the model")
-        if checkpoint is None:
-            trainer = Trainer(config, run, pairs, device)
-        else:
-            trainer = _go_on(config, run, pairs, device, checkpoint)
+        trainer = Trainer(job, run, device) if checkpoint is None else _go_on(job, run, device, checkpoint)
         start, total = trainer.position.step, trainer.last_step()
         if start >= total:  # no error: a job that is queued again after its last step has nothing left to do
             if chief:
@@ -64,15 +62,15 @@ def pretrain(config: PretrainConfig, recipe: str) -> bool:
         watchdog.beat("opening the data")
         tell = BadSampleLog(run, trainer.rank)
         place = trainer.position.loader.place
-        with build_loader(
-            pairs, config, rank=trainer.rank, world_size=trainer.world_size, place=place, device=device, tell=tell
+        with job.loader(
+            rank=trainer.rank, world_size=trainer.world_size, place=place, device=device, tell=tell
         ) as loader:
             watchdog.loader_processes = loader.processes
             if chief:
                 if start == 0:
                     _set_aside(run)
-                _describe_run(run, config, recipe, device)
-            with Reporter(run, config, start, total, device=device, ranks=trainer.world_size, chief=chief) as reporter:
+                _describe_run(run, job, recipe, device)
+            with Reporter(run, job, start, total, device=device, ranks=trainer.world_size, chief=chief) as reporter:
                 if chief:
                     tell.say = reporter.say
                 finished = Loop(trainer, loader, reporter, agreement, stop, watchdog).run(total)
@@ -86,15 +84,15 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def _go_on(config: PretrainConfig, run: Path, pairs: Pairs, device: torch.device, checkpoint: Path) -> Trainer:
+def _go_on(job: Job[Any], run: Path, device: torch.device, checkpoint: Path) -> Trainer:
     """A trainer with the state of ``checkpoint``, which any number of ranks may have written."""
     found = read_position(checkpoint)
-    here = sample_order(pairs, config, distributed.get_world_size()).state(BEGIN, pairs.sha256)
-    on_chief(lambda: check_same_run(checkpoint, found.config, config, (found.loader, here)))
+    here = job.order(distributed.get_world_size()).state(BEGIN, job.sha256)
+    on_chief(lambda: check_same_run(checkpoint, found.config, job.config, (found.loader, here), job.fixed, job.free))
     # Stage 0 keeps all of the state on every rank.
-    reshape = config.train.zero_stage > 0 and found.loader.world_size != here.world_size
+    reshape = job.config.train.zero_stage > 0 and found.loader.world_size != here.world_size
     source = on_chief(lambda: make_universal(checkpoint)) if reshape else checkpoint
-    trainer = Trainer(config, run, pairs, device, universal=reshape)
+    trainer = Trainer(job, run, device, universal=reshape)
     load_checkpoint(trainer.engine, source)
     if reshape:
         on_chief(lambda: remove_universal(source))
@@ -108,17 +106,17 @@ def _go_on(config: PretrainConfig, run: Path, pairs: Pairs, device: torch.device
 
 def _set_aside(run: Path) -> None:
     """Rename what a run left that ended before its first checkpoint: it cannot be continued, only repeated."""
-    for name in ("metrics.jsonl", "tensorboard"):
+    for name in (METRICS, EVALUATIONS, "tensorboard"):
         if (run / name).exists():
             number = next(n for n in itertools.count(1) if not (run / f"{name}.{n}").exists())
             (run / name).rename(run / f"{name}.{number}")
 
 
-def _describe_run(run: Path, config: PretrainConfig, recipe: str, device: torch.device) -> None:
+def _describe_run(run: Path, job: Job[Any], recipe: str, device: torch.device) -> None:
     run.mkdir(parents=True, exist_ok=True)
     environment = describe_environment(device, distributed.get_world_size())
     for name, text in (
-        ("config.json", config_to_json(config, recipe)),
+        ("config.json", config_to_json(job.config, recipe, job.kind)),
         ("environment.json", json.dumps(environment, indent=2) + "\n"),
     ):
         temporary = run / (name + ".new")

@@ -1,8 +1,10 @@
 """Floating-point operations that the method asks for, whichever way they are carried out."""
 
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgmim_fast.config import Backend, ModelConfig
@@ -32,6 +34,22 @@ def training_flops_per_image(model: ModelConfig, backend: Backend = "torch", mas
     with torch.device("meta"):
         twin = SGMIM(model, "reference" if backend == "reference" else "torch")
     return _flops(twin, 2, mask_ratio) - _flops(twin, 1, mask_ratio)
+
+
+def task_flops_per_image(task: nn.Module, batch_of: Callable[[int], Mapping[str, Tensor]]) -> int:
+    """The same of a task on tensors without memory.
+
+    Args:
+        task: on meta; ``task(batch).loss``.
+        batch_of: a batch of so many images, on meta.
+    """
+
+    def flops(images: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            task(batch_of(images)).loss.backward()
+        return int(counter.get_total_flops())
+
+    return flops(2) - flops(1)
 
 
 def _flops(twin: SGMIM, batch: int, mask_ratio: float) -> int:

@@ -1,5 +1,6 @@
 """The training loop: steps, and what happens between them."""
 
+import time
 from dataclasses import replace
 
 from sgmim_fast.data.batches import Loader
@@ -34,16 +35,22 @@ class Loop:
         config, position = trainer.config, trainer.position
         self._start, self._begin = position.step, position.loader.place
         self._logged = position.step
-        self._losses, self._watch = LossWindow(trainer.device), Stopwatch()
+        self._losses, self._watch = LossWindow(trainer.job.losses, trainer.device), Stopwatch()
         self._profiler = StepProfiler(
             trainer.run, config.monitor.profile_steps, trainer.rank, trainer.device, reporter.say
         )
         self._skipped = SkippedSteps(
-            trainer.run, agreement, position.skipped_steps, config.fault.max_skipped_steps, reporter.say
+            trainer.run,
+            agreement,
+            position.skipped_steps,
+            config.fault.max_skipped_steps,
+            trainer.job.sources,
+            reporter.say,
         )
         self._checkpoints = Checkpoints(
             trainer.engine,
-            trainer.task.model,
+            trainer.job.model(trainer.task),
+            trainer.job.save,
             trainer.run,
             agreement,
             beside=config.train.async_checkpoint,
@@ -69,6 +76,8 @@ class Loop:
             if done % log_every == 0 or done == total:
                 self._report(step, done)
             self._reporter.step(done)
+            if self._trainer.job.evaluates_after(done, total, self._trainer.order):
+                self._evaluate(done)
             if self._between_steps(done, total):
                 return False
         return True
@@ -85,8 +94,6 @@ class Loop:
     def _report(self, step: Step, done: int) -> None:
         order = self._trainer.order
         losses = self._losses.over_ranks(self._loader.substitutes.count)
-        if self._trainer.config.model.guidance == "none":
-            losses["structure_loss"] = None
         self._reporter.row(
             {
                 "step": done,
@@ -100,6 +107,14 @@ class Loop:
             }
         )
         self._logged = done
+
+    def _evaluate(self, done: int) -> None:
+        trainer = self._trainer
+        self._watchdog.beat(f"evaluating after step {done}")
+        before = time.perf_counter()
+        found = trainer.job.evaluate(trainer.task, trainer.device, self._watchdog.beat)
+        self._reporter.evaluation({"step": done, "epoch": done / trainer.order.steps_per_epoch, **found})
+        self._watch.leave_out(time.perf_counter() - before)
 
     def _between_steps(self, done: int, total: int) -> bool:
         """Whether to stop here; saves what is due, and finishes what was begun before."""
@@ -117,7 +132,7 @@ class Loop:
             replace(
                 trainer.position,
                 step=done,
-                loader=trainer.order.state(place, trainer.pairs.sha256),
+                loader=trainer.order.state(place, trainer.job.sha256),
                 skipped_steps=self._skipped.count,
             )
         )

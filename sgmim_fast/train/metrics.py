@@ -3,32 +3,37 @@
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from sgmim_fast.config import PretrainConfig
-from sgmim_fast.models.sgmim import PretrainOutput
-from sgmim_fast.train.flops import training_flops_per_image
+from sgmim_fast.train.job import Job
 from sgmim_fast.train.peaks import device_peak_tflops
-
-LOSSES = ("loss", "image_loss", "structure_loss")
 
 
 class LossWindow:
     """Losses summed on the device since the last log step, so that no step waits for the host.
 
     Losses that are not finite are left out: their steps are not taken either.
+
+    Args:
+        names: of the losses, in their order.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros(4, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self._sum = torch.zeros(len(names) + 1, dtype=dtype, device=device)
+        self._names, self._absent = names, set[str]()
 
     @torch.no_grad()
-    def add(self, out: PretrainOutput) -> None:
-        structure = out.loss.new_zeros(()) if out.structure_loss is None else out.structure_loss
-        one = torch.stack((out.loss, out.image_loss, structure, torch.ones_like(out.loss))).to(self._sum.dtype)
+    def add(self, out: Sequence[Tensor | None]) -> None:
+        """A micro-step's; None for what this run does not have."""
+        self._absent.update(name for name, value in zip(self._names, out, strict=True) if value is None)
+        values = [self._sum.new_zeros(()) if value is None else value.to(self._sum.dtype) for value in out]
+        one = torch.stack([*values, self._sum.new_ones(())])
         self._sum += torch.where(torch.isfinite(one.sum()), one, 0.0)
 
     def over_ranks(self, bad_samples: int) -> dict[str, float | int | None]:
@@ -40,7 +45,10 @@ class LossWindow:
         distributed.all_reduce(together)
         self._sum.zero_()
         *sums, count, bad = together.tolist()
-        means = dict.fromkeys(LOSSES) if count == 0 else {n: s / count for n, s in zip(LOSSES, sums, strict=True)}
+        means = {
+            name: None if count == 0 or name in self._absent else value / count
+            for name, value in zip(self._names, sums, strict=True)
+        }
         return {**means, "bad_samples": int(bad)}
 
 
@@ -53,6 +61,10 @@ class Stopwatch:
 
     def waited(self, seconds: float) -> None:
         self._waited += seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the last log step was spent on something else than steps."""
+        self._mark += seconds
 
     def lap(self, images: int) -> dict[str, float]:
         """``images_per_second``, ``data_wait`` (share of the time) and ``time`` (seconds since the start)."""
@@ -73,11 +85,11 @@ class Efficiency:
     """Of one device, dense; None if it is not known."""
 
     @classmethod
-    def of(cls, config: PretrainConfig, device: torch.device, ranks: int) -> "Efficiency":
+    def of(cls, job: Job[Any], device: torch.device, ranks: int) -> "Efficiency":
         """That of a run; counting the FLOPs takes about a second for a base model."""
-        flops = training_flops_per_image(config.model, mask_ratio=config.data.mask_ratio)
+        config = job.config
         peak = device_peak_tflops(device, config.train.precision, config.monitor.peak_tflops)
-        return cls(flops, ranks, peak)
+        return cls(job.flops_per_image(), ranks, peak)
 
     def at(self, images_per_second: float) -> dict[str, float | None]:
         """``tflops``, achieved by a device, and ``mfu``, their share of its peak, at a rate of all ranks together."""

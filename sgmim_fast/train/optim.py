@@ -77,11 +77,13 @@ def _deepspeed_objection() -> str | None:
     return None
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over ``parameter_groups``; its rate is set before every step, so the initial one is a placeholder.
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW; its rate is set before every step, so the initial one is a placeholder.
 
     Args:
-        model: what is trained.
+        groups: of parameters, each with its weight decay.
         config: whose AdamW, and its constants.
         device: where the steps are taken; the parameters may get there later.
 
@@ -89,7 +91,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
         UserError: if the implementation cannot run there.
     """
     check_optimizer(config.implementation, device)
-    groups = parameter_groups(model, config.weight_decay)
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
     if config.implementation == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)  # one kernel a step, on CPUs as on GPUs

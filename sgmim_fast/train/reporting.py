@@ -3,15 +3,16 @@
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sgmim_fast.config import PretrainConfig
-from sgmim_fast.train.metrics import LOSSES, Efficiency
-from sgmim_fast.train.sinks import JsonLines, MetricRow, Sink, TensorBoard
+from sgmim_fast.train.job import Job
+from sgmim_fast.train.metrics import Efficiency
+from sgmim_fast.train.rewinding import EVALUATIONS, METRICS
+from sgmim_fast.train.sinks import JsonLines, MetricRow, Sink, TensorBoard, known_curves
 from sgmim_fast.train.wandb_sink import WandbSink
 
 
@@ -20,7 +21,7 @@ class Reporter:
 
     Args:
         run: the run's folder, which exists.
-        config: of the run.
+        job: of the run.
         first_step: optimizer steps done already; rows of later ones, left by what is being resumed, are put aside.
         total_steps: of the whole run.
         device: this rank's.
@@ -31,7 +32,7 @@ class Reporter:
     def __init__(
         self,
         run: Path,
-        config: PretrainConfig,
+        job: Job[Any],
         first_step: int,
         total_steps: int,
         *,
@@ -39,26 +40,29 @@ class Reporter:
         ranks: int,
         chief: bool,
     ) -> None:
-        self.run, self.config, self.chief = run, config, chief
+        self.run, self.job, self.chief = run, job, chief
         self._first, self._total = first_step, total_steps
         self._device, self._ranks = device, ranks
         self._console = Console()
+        self._evaluations: JsonLines | None = None
 
     def __enter__(self) -> Self:
         """Raises UserError if Weights & Biases cannot start."""
         if not self.chief:
             return self
-        self._efficiency = Efficiency.of(self.config, self._device, self._ranks)
+        self._efficiency = Efficiency.of(self.job, self._device, self._ranks)
         self._sinks: list[Sink] = []
         with ExitStack() as opened:  # what is open is closed again if the next one cannot be opened
             opened.callback(self._close, failed=True)
-            self._sinks.append(JsonLines(self.run, self._first))
-            self._sinks.append(TensorBoard(self.run, self._first))
-            if self.config.monitor.wandb != "off":
-                self._sinks.append(WandbSink(self.run, self.config, self._first, self.say))
+            self._sinks.append(JsonLines(self.run, self._first, METRICS))
+            if self.job.evaluates:
+                self._evaluations = JsonLines(self.run, self._first, EVALUATIONS)
+            self._sinks.append(TensorBoard(self.run, self._first, self.job.kind))
+            if self.job.config.monitor.wandb != "off":
+                self._sinks.append(WandbSink(self.run, self.job.config, self._first, self.job.kind, self.say))
             opened.pop_all()
         self._progress = Progress(
-            TextColumn("[bold]pre-training"),
+            TextColumn(f"[bold]{self.job.doing}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
@@ -81,6 +85,8 @@ class Reporter:
     def _close(self, failed: bool) -> None:
         while self._sinks:
             self._sinks.pop().close(failed)
+        if self._evaluations is not None:
+            self._evaluations.close(failed)
 
     def step(self, step: int) -> None:
         """``step`` optimizer steps are done."""
@@ -96,12 +102,25 @@ class Reporter:
         row = {**row, **self._efficiency.at(rate)}
         for sink in self._sinks:
             sink.row(row)
-        losses = [f"{name.removesuffix('_loss')} {value:.4f}" for name in LOSSES if (value := row[name]) is not None]
+        losses = [
+            f"{name.removesuffix('_loss')} {value:.4f}" for name in self.job.losses if (value := row[name]) is not None
+        ]
         mfu = [] if row["mfu"] is None else [f"MFU {100 * row['mfu']:.1f} %"]
         note = " ".join((*losses, f"{rate:.1f} img/s", *mfu))
         self._progress.update(self._task, note=note)
         if not self._console.is_terminal:
             self.say(f"step {row['step']}/{self._total} {note}")
+
+    def evaluation(self, row: MetricRow) -> None:
+        """One row of figures on the images that are not trained on."""
+        if not self.chief:
+            return
+        assert self._evaluations is not None
+        self._evaluations.row(row)
+        figures = dict(known_curves(row))
+        for sink in self._sinks[1:]:  # all but metrics.jsonl
+            sink.row({"step": row["step"], "epoch": row["epoch"], **{f"val_{n}": v for n, v in figures.items()}})
+        self.say(f"evaluated after step {row['step']}: " + " ".join(f"{n} {v:.4g}" for n, v in figures.items()))
 
     def say(self, line: str) -> None:
         """One line for the reader, above the progress bar."""

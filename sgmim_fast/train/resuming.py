@@ -1,12 +1,12 @@
 """Where a run begins: anew, or at a checkpoint that is whole and was written with the same settings."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sgmim_fast.config import PretrainConfig
+from sgmim_fast.config import RunConfig
 from sgmim_fast.data.order import LoaderState
 from sgmim_fast.errors import UserError
 from sgmim_fast.train.run_folder import STATE, checkpoints, damage, list_checkpoints
@@ -22,7 +22,7 @@ FREE = frozenset({
 })  # fmt: skip
 """Settings that change no result but by rounding, or that are compared as what they amount to."""
 FIXED = frozenset({"train.zero_stage", "train.precision", "train.offload_optimizer", "optimizer.implementation"})
-"""Settings that the stored state of model or optimizer has the shape of; so have all of the model."""
+"""Settings that the stored state of model or optimizer has the shape of; a kind of run has more of them."""
 
 
 def starting_point(run: Path, resume: str, say: Callable[[str], None]) -> Path | None:
@@ -69,14 +69,18 @@ def _newest_intact(folders: list[Path], say: Callable[[str], None]) -> Path:
 def check_same_run(
     folder: Path,
     was: Mapping[str, Any],
-    config: PretrainConfig,
+    config: RunConfig,
     loaders: tuple[LoaderState, LoaderState],
+    fixed: Sequence[str],
+    free: Sequence[str],
 ) -> None:
     """Refuse to go on from a checkpoint with settings that change the mathematics, unless they are named.
 
     Args:
         was: fields of the configuration that the checkpoint was written with.
         loaders: the checkpoint's state and this run's.
+        fixed: see ``Job.fixed``; beside FIXED.
+        free: see ``Job.free``; beside FREE.
 
     Raises:
         UserError: for the first difference that is not allowed.
@@ -85,9 +89,13 @@ def check_same_run(
     for name in config.allow_changes:
         if name not in now:
             raise UserError(f"--allow-changes {name} is no setting; name them as in schedule.epochs optimizer.lr")
-    changed = [name for name in sorted(now) if name in before and before[name] != now[name] and name not in FREE]
+    changed = [
+        name
+        for name in sorted(now)
+        if name in before and before[name] != now[name] and name not in FREE and not name.startswith(tuple(free))
+    ]
     for name in changed:
-        if name in FIXED or name.startswith("model."):
+        if name in FIXED or name.startswith(tuple(fixed)):
             raise _other(folder, name, before[name], now[name])
     there, here = loaders
     if there.step_size != here.step_size:

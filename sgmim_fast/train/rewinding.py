@@ -1,16 +1,21 @@
-"""Metric rows of steps that a resumed run does again are moved aside, so that metrics.jsonl has each step once."""
+"""Rows of steps that a resumed run does again are moved aside, so that a file of rows has each step once."""
 
 import json
 import os
 from pathlib import Path
 
 METRICS = "metrics.jsonl"
-SUPERSEDED = "metrics.superseded.jsonl"
-"""Rows of steps that were done again, and lines that a killed run left half-written; only ever appended to."""
+EVALUATIONS = "evaluations.jsonl"
 
 
-def rewind_metrics(run: Path, step: int) -> int:
-    """Leave in ``metrics.jsonl`` one row of each step up to ``step``; append every other line to the superseded ones.
+def superseded(name: str) -> str:
+    """The file for rows of steps that were done again, and lines that a killed run left half-written; only ever
+    appended to."""
+    return name.replace(".jsonl", ".superseded.jsonl")
+
+
+def rewind_rows(run: Path, step: int, name: str) -> int:
+    """Leave in a file one row of each step up to ``step``; append every other line to the superseded ones.
 
     Of a step that is there twice the later row stays. The file is replaced by rename, after its other lines are safe,
     and not touched if nothing is to be moved. Whenever it is interrupted, the next call ends what it began.
@@ -18,11 +23,12 @@ def rewind_metrics(run: Path, step: int) -> int:
     Args:
         run: the run's folder.
         step: optimizer steps of the checkpoint that the run goes on from.
+        name: of the file.
 
     Returns:
         Lines that were moved.
     """
-    path = run / METRICS
+    path = run / name
     if not path.is_file():
         return 0
     content = path.read_bytes()
@@ -35,8 +41,8 @@ def rewind_metrics(run: Path, step: int) -> int:
     if after == content:
         return 0
     if moved:
-        _append(run / SUPERSEDED, _joined(moved))
-    temporary = run / (METRICS + ".new")
+        _append(run / superseded(name), _joined(moved))
+    temporary = run / (name + ".new")
     with temporary.open("wb") as file:
         _write(file.fileno(), after)
     os.replace(temporary, path)

@@ -8,11 +8,9 @@ from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from sgmim_fast.train.rewinding import METRICS, rewind_metrics
+from sgmim_fast.train.rewinding import rewind_rows
 
 MetricRow = Mapping[str, float | int | None]
-TABLE = "pretrain"
-"""What names of curves begin with."""
 
 
 def known_curves(row: MetricRow) -> Iterator[tuple[str, float | int]]:
@@ -24,18 +22,18 @@ class Sink(Protocol):
     """Takes the rows of a run, on rank 0."""
 
     def row(self, row: MetricRow) -> None:
-        """One row; its ``step`` is larger than that of every row before."""
+        """One row; its ``step`` is not smaller than that of any row before."""
 
     def close(self, failed: bool) -> None:
         """No row follows."""
 
 
 class JsonLines:
-    """``metrics.jsonl``: a line as soon as there is a row; what follows ``first_step`` there is moved aside before."""
+    """A file with a line as soon as there is a row; what follows ``first_step`` there is moved aside before."""
 
-    def __init__(self, run: Path, first_step: int) -> None:
-        rewind_metrics(run, first_step)
-        self._file = (run / METRICS).open("a", buffering=1)
+    def __init__(self, run: Path, first_step: int, name: str) -> None:
+        rewind_rows(run, first_step, name)
+        self._file = (run / name).open("a", buffering=1)
 
     def row(self, row: MetricRow) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -45,15 +43,19 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/``; readers forget what earlier ones hold of the steps after ``first_step``."""
+    """Event files in ``tensorboard/``; readers forget what earlier ones hold of the steps after ``first_step``.
 
-    def __init__(self, run: Path, first_step: int) -> None:
+    Names of curves begin with ``kind``.
+    """
+
+    def __init__(self, run: Path, first_step: int, kind: str) -> None:
+        self._kind = kind
         # Readers forget from purge_step on, that step included.
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def row(self, row: MetricRow) -> None:
         for name, value in known_curves(row):
-            self._writer.add_scalar(f"{TABLE}/{name}", value, row["step"], walltime=time.time())
+            self._writer.add_scalar(f"{self._kind}/{name}", value, row["step"], walltime=time.time())
 
     def close(self, failed: bool) -> None:
         self._writer.close()

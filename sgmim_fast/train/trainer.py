@@ -5,24 +5,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import deepspeed
 import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from sgmim_fast.config import PretrainConfig
 from sgmim_fast.data.batches import Batch
-from sgmim_fast.data.loading import choose_loader, sample_order
-from sgmim_fast.data.members import Pairs
 from sgmim_fast.data.order import BEGIN
-from sgmim_fast.models.sgmim import PretrainOutput
-from sgmim_fast.tasks.pretrain import PretrainTask
 from sgmim_fast.train.checkpoint import Position
 from sgmim_fast.train.compiling import compile_step
 from sgmim_fast.train.deepspeed_settings import deepspeed_config
-from sgmim_fast.train.optim import build_optimizer, learning_rate
+from sgmim_fast.train.job import Job
+from sgmim_fast.train.optim import build_optimizer
 from sgmim_fast.train.profiling import StepProfiler
 
 Span = Callable[[str], AbstractContextManager[object]]
@@ -34,15 +30,21 @@ class MicroStep(NamedTuple):
 
     batch: Batch
     """What of it is in the host's memory: all of it, unless DALI made it on a GPU, where room is dear."""
-    out: PretrainOutput
-    """Without a graph."""
+    out: tuple[Tensor | None, ...]
+    """The losses, without a graph."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The one that is minimised."""
+        assert self.out[0] is not None
+        return self.out[0]
 
 
 class Step(NamedTuple):
     """One optimizer step."""
 
     rate: float
-    """Learning rate."""
+    """Learning rate, of the groups that have no scale of their own."""
     norm: float | Tensor | None
     """Of all ranks' gradient before clipping."""
     taken: bool
@@ -59,40 +61,35 @@ class Trainer:
         universal: the checkpoint to go on from is in DeepSpeed's universal format.
     """
 
-    def __init__(
-        self, config: PretrainConfig, run: Path, pairs: Pairs, device: torch.device, *, universal: bool = False
-    ) -> None:
-        self.config, self.run, self.pairs, self.device = config, run, pairs, device
+    def __init__(self, job: Job[Any], run: Path, device: torch.device, *, universal: bool = False) -> None:
+        config = job.config
+        self.job, self.config, self.run, self.device = job, config, run, device
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
-        self.order = sample_order(pairs, config, self.world_size)
+        self.order = job.order(self.world_size)
         train = config.train
         seed_all(train.seed)
-        self.task = PretrainTask(
-            config.model, train.backend, train.attention, train.norm, device, train.activation_checkpointing
-        )
-        optimizer = build_optimizer(self.task, config.optimizer, device)
+        self.task = job.make_task(device, train.backend)
+        optimizer = build_optimizer(job.parameter_groups(self.task), config.optimizer, device)
         settings = deepspeed_config(config)
         if universal:
             settings["checkpoint"] = {"load_universal": True}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.task, optimizer=optimizer, config=settings)
         if train.compile:
             compile_step(self.task)
-        self.position = Position.at(0, self.order.state(BEGIN, pairs.sha256), config)
+        self.position = Position.at(0, self.order.state(BEGIN, job.sha256), config)
 
     def last_step(self) -> int:
         """Optimizer steps of the whole run."""
-        total = self.config.schedule.epochs * self.order.steps_per_epoch
+        total = self.job.epochs() * self.order.steps_per_epoch
         return total if self.config.train.max_steps is None else min(total, self.config.train.max_steps)
 
     def summary(self, total: int) -> str:
         """One line that says what is about to happen."""
-        model, train, start = self.config.model, self.config.train, self.position.step
+        train, start = self.config.train, self.position.step
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.parameters())
-        loader, why = choose_loader(self.pairs, self.config)
         return (
-            f"{model.encoder} encoder, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters; "
-            f"{len(self.pairs)} pairs through {loader} ({why}), {self.order.step_size} a step on {self.world_size} "
-            f"{self.device.type} rank(s), {train.precision}, ZeRO {train.zero_stage}"
+            f"{self.job.summary()}; {parameters / 1e6:.1f} M parameters, {self.order.step_size} pairs a step on "
+            f"{self.world_size} {self.device.type} rank(s), {train.precision}, ZeRO {train.zero_stage}"
             f"{', compiled' if train.compile else ''}; {total} steps" + (f", from step {start}" if start else "")
         )
 
@@ -122,7 +119,7 @@ class Trainer:
             with span("forward"):
                 out = self.engine({name: value.to(self.device, non_blocking=True) for name, value in loaded.items()})
             with span("backward"):
-                self.engine.backward(_poisoned_unless_finite(out.loss))
+                self.engine.backward(_poisoned_unless_finite(out[0]))
             micro_steps.append(MicroStep(_on_host(loaded), _detached(out)))
             taken = True
             if self.config.train.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
@@ -136,10 +133,9 @@ class Trainer:
         return Step(rate, norm, taken, micro_steps, waited)
 
     def _set_rate(self, step: int) -> float:
-        config = self.config
-        rate = learning_rate(step, self.order.steps_per_epoch, self.order.step_size, config.optimizer, config.schedule)
+        rate = self.job.learning_rate(step, self.order)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         return rate
 
 
@@ -147,9 +143,8 @@ def _on_host(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if not value.is_cuda}
 
 
-def _detached(out: PretrainOutput) -> PretrainOutput:
-    structure = None if out.structure_loss is None else out.structure_loss.detach()
-    return PretrainOutput(out.loss.detach(), out.image_loss.detach(), structure)
+def _detached(out: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if value is None else value.detach() for value in out)
 
 
 @contextmanager

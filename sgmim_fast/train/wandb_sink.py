@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from sgmim_fast.config import PretrainConfig
+from sgmim_fast.config import RunConfig
 from sgmim_fast.errors import UserError, first_line
-from sgmim_fast.train.sinks import TABLE, MetricRow, known_curves
+from sgmim_fast.train.sinks import MetricRow, known_curves
 
 RUN_ID = "run_id"
 """File in RUN/wandb with the id that a resumed run continues under."""
@@ -58,6 +58,7 @@ class WandbSink:
     Args:
         run: the run's folder, whose name is the name of the W&B run.
         config: becomes its config.
+        kind: begins the names of curves.
         first_step: 0 begins a new W&B run; later, the one of ``RUN/wandb/run_id`` goes on.
         say: told where the run is to be seen, and if rows can no longer be taken.
 
@@ -65,8 +66,8 @@ class WandbSink:
         UserError: if W&B cannot start.
     """
 
-    def __init__(self, run: Path, config: PretrainConfig, first_step: int, say: Callable[[str], None]) -> None:
-        monitor = config.monitor
+    def __init__(self, run: Path, config: RunConfig, first_step: int, kind: str, say: Callable[[str], None]) -> None:
+        monitor, self._kind = config.monitor, kind
         self._wandb, self._say = _import(monitor.wandb), say
         offline = monitor.wandb == "offline"
         settings = self._wandb.Settings(
@@ -103,7 +104,7 @@ class WandbSink:
     def row(self, row: MetricRow) -> None:
         if self._run is None:
             return
-        curves = {f"{TABLE}/{name}": value for name, value in known_curves(row)}
+        curves = {f"{self._kind}/{name}": value for name, value in known_curves(row)}
         try:
             self._run.log({"epoch": row["epoch"], **curves}, step=row["step"])
         except Exception as error:  # its service is a process of its own, and may end before the run does

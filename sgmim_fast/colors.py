@@ -1,7 +1,7 @@
-"""Colour scales whose lightness rises evenly, as byte tables.
+"""Colour scales whose lightness rises evenly, as byte tables, and colours for classes.
 
-The knots are points in OKLCh (Ottosson's perceptual space); between them lightness, chroma and hue
-are interpolated, so equal steps of a value look like equal steps.
+Both are points in OKLCh (Ottosson's perceptual space). Between the knots of a scale lightness, chroma and hue are
+interpolated, so equal steps of a value look like equal steps.
 """
 
 from functools import lru_cache
@@ -30,8 +30,37 @@ def color_table(name: str) -> NDArray[np.uint8]:
     knots = np.array(SCALES[name])
     at = np.linspace(0, len(knots) - 1, 256)
     lightness, chroma, hue = (np.interp(at, np.arange(len(knots)), column) for column in knots.T)
-    lab = np.stack((lightness, chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))), 1)
-    linear = np.clip((lab @ _LMS.T) ** 3 @ _RGB.T, 0, 1)
+    return _srgb(_linear(_lab(lightness, chroma, hue)))
+
+
+@lru_cache(maxsize=8)
+def class_colors(count: int) -> NDArray[np.uint8]:
+    """(count, 3): one colour a class, each as far as can be from those before it; all counts begin alike."""
+    grid = np.meshgrid(np.linspace(0.45, 0.93, 9), np.linspace(0.05, 0.25, 5), np.arange(0.0, 360.0, 10.0))
+    lab = _lab(*(axis.ravel() for axis in grid))
+    linear = _linear(lab)
+    shown = ((linear >= 0) & (linear <= 1)).all(1)
+    lab, linear = lab[shown], linear[shown]
+    chosen = [0]
+    distance = np.full(len(lab), np.inf)
+    while len(chosen) < count:
+        distance = np.minimum(distance, np.square(lab - lab[chosen[-1]]).sum(1))
+        chosen.append(int(distance.argmax()))
+    return _srgb(linear[chosen[:count]])
+
+
+def _lab(lightness: NDArray[np.float64], chroma: NDArray[np.float64], hue: NDArray[np.float64]) -> NDArray[np.float64]:
+    """OKLCh, hue in degrees, to OKLab (N, 3)."""
+    return np.stack((lightness, chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))), 1)
+
+
+def _linear(lab: NDArray[np.float64]) -> NDArray[np.float64]:
+    """OKLab to linear sRGB (N, 3), which is outside 0 to 1 where no screen shows the colour."""
+    return (lab @ _LMS.T) ** 3 @ _RGB.T
+
+
+def _srgb(linear: NDArray[np.float64]) -> NDArray[np.uint8]:
+    linear = np.clip(linear, 0, 1)
     srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return np.rint(255 * srgb).astype(np.uint8)
 

@@ -1,0 +1,117 @@
+"""A pre-trained encoder put to use: maps of several resolutions from images of any size.
+
+Sources: Swin's detection and segmentation code for sizes that windows do not divide, BEiT (arXiv 2106.08254) for the
+pyramid of a plain ViT, ViTDet (2203.16527) for its norm.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from sgmim_fast.config import Attention, BackboneConfig, Backend
+from sgmim_fast.errors import UserError, first_line
+from sgmim_fast.models.choices import Choices, make_encoder
+
+
+class MapNorm(nn.LayerNorm):
+    """LayerNorm over the channels of maps (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Pyramid(nn.ModuleList):
+    """Four maps of one resolution to a quarter, a half, once and twice their stride: (B, C, h, w) each.
+
+    The sides become 4 h, 2 h, h and h / 2, the last rounded up.
+    """
+
+    def __init__(self, width: int, norm_eps: float) -> None:
+        first = nn.ConvTranspose2d(width, width, 2, stride=2)
+        second = nn.ConvTranspose2d(width, width, 2, stride=2)
+        super().__init__(
+            [
+                nn.Sequential(first, MapNorm(width, eps=norm_eps), nn.GELU(), second),
+                nn.ConvTranspose2d(width, width, 2, stride=2),
+                nn.Identity(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        )
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [level(x) for level, x in zip(self, maps, strict=True)]
+
+
+class Backbone(Choices, PyTorchModelHubMixin, library_name="sgmim_fast", tags=["image-feature-extraction"]):
+    """Maps of several resolutions, for a head to build on. Build it with ``create_backbone``.
+
+    It goes to a folder or the Hugging Face Hub with ``save_pretrained`` or ``push_to_hub`` and comes back with
+    ``from_pretrained``.
+
+    Args:
+        config: its shape.
+        backend: see ``set_backend``.
+        attention: see ``set_attention``.
+    """
+
+    def __init__(self, config: BackboneConfig, backend: Backend = "auto", attention: Attention = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = make_encoder(config)
+        new = 0
+        if config.norm == "all":
+            new = len(config.out_indices) - config.has_own_norm
+        self.out_norms = nn.ModuleList(MapNorm(width, eps=config.norm_eps) for width in config.channels[:new])
+        self.pyramid = Pyramid(config.num_features, config.norm_eps) if config.has_pyramid else None
+        self.set_backend(backend)
+        self.set_attention(attention)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each map."""
+        return self.config.channels
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels that a place in each map covers a side."""
+        return self.config.strides
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Maps (B, C_i, H_i, W_i) with H_i = ceil(H / stride_i), finest first.
+
+        Zeros complete what patches, windows and mergings of two do not divide. A ViT's position table is resized
+        (bicubic) if it was made for another size. The maps lie in memory channels last.
+
+        Args:
+            image: (B, 3, H, W), any H and W, ImageNet-normalised RGB; cast to the dtype of the weights.
+
+        Raises:
+            UserError: for another shape.
+        """
+        if image.dim() != 4 or image.shape[1] != 3:
+            raise UserError(f"image must be (B, 3, H, W); got {tuple(image.shape)}")
+        maps = [x.permute(0, 3, 1, 2) for x in self.encoder.maps_of(image)]
+        for number, norm in enumerate(self.out_norms):
+            maps[number] = norm(maps[number])
+        return maps if self.pyramid is None else self.pyramid(maps)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "Backbone":
+        """A backbone from a folder that ``save_pretrained`` wrote, or from the Hugging Face Hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or ``"user/name"``.
+            **options: those of ``huggingface_hub.ModelHubMixin.from_pretrained``, ``backend`` and ``attention``.
+
+        Raises:
+            UserError: if the configuration there is damaged or not one of this version.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **{"strict": True} | options)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{pretrained_model_name_or_path}: its config.json is damaged ({first_line(error)}); copy it again"
+            ) from error
