@@ -343,6 +343,19 @@ def test_evaluation_sees_whole_images_in_order(root: Path, tmp_path: Path) -> No
     assert sample.target.dtype == torch.float32
 
 
+def test_segmentation_is_evaluated_at_the_size_it_was_trained_for(root: Path) -> None:
+    config = label_config(root, resize=(200, 128))
+    (sample,) = evaluation_samples(opened(config), [5])
+    assert (sample.image.shape, sample.target.shape) == ((3, 128, 192), OWN_SIZE), "twice the stored size"
+    lone = read_picture(root / "labels/images/05.png", fit=config.resize)
+    assert torch.equal(lone.image, sample.image)
+    assert np.array_equal(lone.pixels, picture(5, OWN_SIZE))
+    red = levels(sample.image)[0].mean(0)
+    assert (red - torch.linspace(0, 255, 192)).abs().max() < 2
+    halved = read_picture(root / "labels/images/05.png", fit=(48, 40))
+    assert halved.image.shape == (3, 32, 48)
+
+
 def test_evaluation_stops_at_a_bad_file_and_leaves_no_thread(root: Path, tmp_path: Path) -> None:
     samples = opened(depth_config(root))
     some = evaluation_samples(samples, range(15))
