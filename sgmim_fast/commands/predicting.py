@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
                 raise UserError(f"{out / name} exists; choose another --out, or replace it with --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     for file in track(files, description="predicting"):
-        picture = read_picture(file)
+        picture = read_picture(file, fit=None if depth else opened.job.config.data.resize)
         values = _predict(opened, picture)
         if depth:
             np.save(out / numbers.format(file.stem), values.numpy())
@@ -103,7 +103,7 @@ def _draw(opened: "FinetunedRun", picture: "Picture", values: "torch.Tensor") ->
     from sgmim_fast.commands.legends import below, class_legend_strip, depth_legend_strip
     from sgmim_fast.tasks import pictures
 
-    image = pictures.image_picture(picture.image)
+    image = picture.pixels
     if opened.job.kind == "depth":
         limits = pictures.depth_limits(values)
         both = pictures.side_by_side(image, pictures.depth_picture(values, limits))
