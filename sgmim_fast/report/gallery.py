@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sgmim_fast import reference
+from sgmim_fast.colors import colorize
 from sgmim_fast.config import ModelConfig, PretrainConfig
 from sgmim_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from sgmim_fast.data.sources import open_pairs
@@ -23,7 +24,6 @@ from sgmim_fast.masking import CELL
 from sgmim_fast.models.registry import create_model
 from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.ops import standardize_structure
-from sgmim_fast.colors import colorize
 from sgmim_fast.weights import load_weights
 
 IMAGE_ERROR = 0.4

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from sgmim_fast import __version__
+from sgmim_fast.colors import css_gradient
 from sgmim_fast.masking import CELL
 from sgmim_fast.recipes import RECIPES
-from sgmim_fast.colors import css_gradient
 from sgmim_fast.report.curves import format_value, render_charts
 from sgmim_fast.report.gallery import IMAGE_ERROR, STRUCTURE_ERROR, Gallery, Sample, Strip
 from sgmim_fast.report.run import Checkpoint, Row, Run
