@@ -1,8 +1,6 @@
 """``sgmim``: the project's command line. Each command imports what it needs when it runs, so help is instant."""
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,9 +16,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the ``sgmim`` script."""
     argv = sys.argv[1:] if argv is None else list(argv)
     with one_line_errors():
-        if argv[:1] == ["pretrain"]:
-            raise SystemExit(_pretrain(argv[1:]))  # its options belong to the training module
-        arguments = _parser().parse_args(argv)
+        if argv[:1] in (["pretrain"], ["finetune"]):  # their options belong to the training modules
+            from sgmim_fast.commands.training import train
+
+            raise SystemExit(train(argv[0], argv[1:]))
+        parser = _parser()
+        arguments, settings = parser.parse_known_args(argv)
+        if "takes_settings" in arguments:
+            arguments.run_command(arguments, settings)
+            return
+        if settings:
+            parser.error(f"unrecognized arguments: {' '.join(settings)}")
         arguments.run_command(arguments)
 
 
@@ -32,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
@@ -97,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument("--workers", type=int, help="processes (default: one a core)")
 
     command("pretrain", lambda _: None, "Pre-train on pairs of images and structure maps (--help for its options).")
+
+    command(
+        "finetune",
+        lambda _: None,
+        "Fine-tune a backbone: sgmim finetune depth|segmentation (each with --help for its options).",
+    )
+
+    from sgmim_fast.commands import evaluating, predicting
+
+    evaluating.add_options(command("evaluate", evaluating.run, evaluating.DESCRIPTION))
+    predicting.add_options(command("predict", predicting.run, predicting.DESCRIPTION))
 
     report = command("report", _report, "Write one self-contained HTML page about a run.")
     report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
@@ -229,40 +246,6 @@ def _shard(arguments: argparse.Namespace) -> None:
         print(f"{pairs.skipped} bad pairs were left out; {arguments.out / SKIPPED} names them and says why")
 
 
-def _pretrain(argv: Sequence[str]) -> int:
-    """Hand the options to the training module, under DeepSpeed's launcher. Returns its exit status."""
-    parser = argparse.ArgumentParser(prog="sgmim pretrain", add_help=False, allow_abbrev=False)
-    parser.add_argument("--num-gpus", "--num_gpus", type=int)
-    known, rest = parser.parse_known_args(list(argv))
-    if "--help" in rest or "-h" in rest:
-        print("--num-gpus N    ranks on this machine (default: all GPUs, or 1 CPU rank), then the training options:\n")
-        return subprocess.call([sys.executable, "-m", "sgmim_fast.pretrain", "--help"])
-    import torch
-
-    from sgmim_fast.launching import launch
-    from sgmim_fast.train.arguments import parse_config
-    from sgmim_fast.train.programs import PRETRAIN
-
-    config, _ = parse_config(rest, PRETRAIN)  # what is wrong is said here, once, before any rank starts
-    if known.num_gpus is not None and known.num_gpus < 1:
-        raise UserError(f"--num-gpus {known.num_gpus} must be 1 or more")
-    count = known.num_gpus or torch.cuda.device_count() or 1
-    if config.dry_run:
-        from sgmim_fast.train.dry_run import dry_run
-        from sgmim_fast.train.pretrain_job import PretrainJob
-
-        dry_run(PretrainJob(config), count)
-        return 0
-    if torch.cuda.is_available() and count > torch.cuda.device_count():
-        raise UserError(
-            f"--num-gpus {count} is more than the {torch.cuda.device_count()} GPU(s) that are to be seen here"
-        )
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    return launch("sgmim_fast.pretrain", rest, ranks=count, environment=environment)
-
-
 def _report(arguments: argparse.Namespace) -> None:
     from sgmim_fast.report import write_report
 
@@ -321,7 +304,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     else:
         options = ["--resume", "auto"]
         options += ["--train.max-steps", str(arguments.steps)] if arguments.steps else []
-        status = _pretrain(["--num-gpus", "2", "--recipe", "demo", "--data", str(DEMO_SCENES), *options])
+        from sgmim_fast.commands.training import train
+
+        status = train("pretrain", ["--num-gpus", "2", "--recipe", "demo", "--data", str(DEMO_SCENES), *options])
         if status:
             raise SystemExit(status)
     print("3/4 writing the page", flush=True)

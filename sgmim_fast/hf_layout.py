@@ -5,7 +5,7 @@ Queries, keys and values are parameters of their own there, and one here: a name
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from sgmim_fast.config import Encoder
@@ -35,7 +35,8 @@ _IN_FILES = [
     (re.compile(r"\.mlp\.fc2\."), ".output.dense."),
     (re.compile(r"\.attention\.attention\."), ".attention.self."),  # BEiT, in files; its own name is written
 ]
-_UNUSED = ("classifier.", "lm_head.", "hidden_states_norms.")
+_HEADS = ("classifier.", "lm_head.")
+_STAGE_NORM = re.compile(r"^hidden_states_norms\.stage(\d+)\.")
 _BLOCK = re.compile(r"^encoder\.(?:layers\.(\d+)\.blocks|layer)\.(\d+)\.")
 _OWN_BLOCK = re.compile(r"^(?:layers\.(\d+)\.)?blocks\.(\d+)\.")
 _QKV = re.compile(r"^attention\.self\.(query|key|value)\.(weight|bias)$")
@@ -75,9 +76,26 @@ def has_key_bias(keys: Iterable[str]) -> bool:
     return not any(".logit_scale" in key or "cls_token" in key for key in keys)
 
 
-def is_unused(key: str) -> bool:
-    """Whether a file may hold this key although no encoder has use for it."""
-    return key.startswith(_UNUSED)
+def unused(keys: Collection[str], stages: int) -> set[str]:
+    """Those of a file's names that no encoder has use for.
+
+    SwinBackbone has a norm for each map that it gives; its model's own one is dead where that of the last stage is.
+    """
+    found = {key for key in keys if key.startswith(_HEADS)}
+    if any(key.startswith(f"hidden_states_norms.stage{stages}.") for key in keys):
+        found |= {key for key in keys if _PREFIX.sub("", key).startswith("layernorm.")}
+    return found
+
+
+def stage_norm(key: str) -> tuple[int, str] | None:
+    """The stage, from 0, whose map SwinBackbone puts this norm on, and the rest of the name; None for other names."""
+    found = _STAGE_NORM.match(key)
+    return None if found is None else (int(found[1]) - 1, key[found.end() :])
+
+
+def name_of_stage_norm(stage: int, rest: str) -> str:
+    """The name that ``stage_norm`` reads."""
+    return f"hidden_states_norms.stage{stage + 1}.{rest}"
 
 
 def from_hf(key: str, key_bias: bool) -> Place | None:

@@ -70,10 +70,11 @@ def read_names(keys: Iterable[str]) -> Reading | None:
         return None
     key_bias = hf_layout.has_key_bias(inner)
     stages = _stages(inner)
+    dead = hf_layout.unused(inner, stages) if layout == "hf" else set()
     found: dict[str, dict[int | None, str]] = {}
     unused, unknown = [key for key in names if not key.startswith(wrapper)], []
     for name, key in inner.items():
-        if _is_unused(name, layout):
+        if name in dead or _is_unused(name, layout):
             unused.append(key)
             continue
         place = _place(name, layout, key_bias, stages)
@@ -105,6 +106,8 @@ def _recognise(names: Collection[str]) -> Layout | None:
         merged = {int(match[1]) for name in names if (match := _MERGING.match(name))}
         late = bool(merged) and 0 not in merged
         return "timm" if late or any(name.startswith("head.fc.") for name in names) else "swin"
+    if any(re.match(r"layers_\d+\.blocks\.", name) for name in names):
+        return "timm"
     if any(name.startswith("blocks.") for name in names) and any(name.startswith("patch_embed.") for name in names):
         return "timm"
     return None
@@ -114,8 +117,6 @@ def _is_unused(name: str, layout: Layout) -> bool:
     """Whether a file may hold this although no model has use for it: derived buffers, dead parts, classifiers."""
     if name.rpartition(".")[2] in _DERIVED:
         return True
-    if layout == "hf":
-        return hf_layout.is_unused(name)
     if layout == "mim-depth":
         return name.startswith(("decoder.", "last_layer_depth."))
     return name.startswith("head.") if layout in BARE else name.startswith("encoder.depth_patch_embed.")
@@ -125,21 +126,28 @@ def _place(name: str, layout: Layout, key_bias: bool, stages: int) -> Place | No
     if layout == "sgmim":
         return Place(name)
     if layout == "hf":
+        if stage_norm := hf_layout.stage_norm(name):
+            return _place_of_stage_norm(*stage_norm, stages)
         place = hf_layout.from_hf(name, key_bias)
         if place is None or place.name.startswith("decoder."):
             return None if place is None else Place(f"img_{place.name}")
         return Place(f"encoder.{place.name}", place.third)
     if layout == "mim-depth":
         name = name.removeprefix("encoder.").replace(".attn.rpe_mlp.", ".attn.cpb_mlp.")
-        if (norm := _STAGE_NORM.match(name)) and int(norm[1]) != stages - 1:
-            return Place(f"{STAGE_NORMS}{norm[1]}.{name[norm.end() :]}")
-        name = _STAGE_NORM.sub("norm.", name)
+        if norm := _STAGE_NORM.match(name):
+            return _place_of_stage_norm(int(norm[1]), name[norm.end() :], stages)
     elif layout == "timm":
         # Beit with average pooling applies its last norm after the pooling, under another name.
-        name = _move_merging(re.sub(r"^fc_norm\.", "norm.", name), -1)
+        name = re.sub(r"^fc_norm\.", "norm.", name)
+        # With features_only, stages are attributes and not a list.
+        name = _move_merging(re.sub(r"^layers_(\d+)\.", r"layers.\1.", name), -1)
     elif layout == "simmim":
         return Place(re.sub(r"^decoder\.", "img_decoder.", name))
     return Place(f"encoder.{name}")
+
+
+def _place_of_stage_norm(stage: int, rest: str, stages: int) -> Place:
+    return Place(f"encoder.norm.{rest}" if stage == stages - 1 else f"{STAGE_NORMS}{stage}.{rest}")
 
 
 def to_model(name: str, target: Target, outputs: tuple[int, ...] = ()) -> str | None:
@@ -189,8 +197,11 @@ def from_model(
     if name.startswith("img_decoder."):
         head = layout == "simmim" or (layout == "hf" and shape.kind != "vit")
         return (name.removeprefix("img_"),) if head else ()
-    if layout == "mim-depth" and (norm := re.match(r"out_norms\.(\d+)\.", name)):
-        return (f"encoder.norm{outputs[int(norm[1])]}.{name[norm.end() :]}",)
+    if norm := re.match(r"out_norms\.(\d+)\.", name):
+        stage, rest = outputs[int(norm[1])], name[norm.end() :]
+        if layout == "mim-depth":
+            return (f"encoder.norm{stage}.{rest}",)
+        return (hf_layout.name_of_stage_norm(stage, rest),) if layout == "hf" and shape.kind == "swin" else ()
     if not name.startswith("encoder."):
         return ()
     if layout == "simmim":

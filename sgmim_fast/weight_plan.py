@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.position_tables import Resampling, resize_table, square_side
-from sgmim_fast.weight_layouts import EncoderShape, Reading, Target, encoder_shape, is_beyond, to_model
+from sgmim_fast.weight_layouts import STAGE_NORMS, EncoderShape, Reading, Target, encoder_shape, is_beyond, to_model
 
 _LISTED = 8  # names that one message spells out
 _TABLE = "relative_position_bias_table"
+_NORM = "encoder.norm."
 _CLASS_ROWS = 3  # of a ViT's table: class token to patch, patch to class token, class token to itself
 Grid = tuple[int, int]
 
@@ -63,6 +64,10 @@ def make_plan(
     unused, unknown = list(reading.unused), list(reading.unknown)
     for name, theirs in reading.held.items():
         mine = to_model(name, target, outputs)
+        if mine not in own and name.startswith(_NORM):
+            # A backbone that ends before the last stage has no norm of the encoder's, but may have one for its own end.
+            rest = name.removeprefix(_NORM)
+            mine = to_model(f"{STAGE_NORMS}{len(held.depths) - 1}.{rest}", target, outputs) or mine
         if mine == "mask_token" and mine not in own:
             mine = None  # an encoder in use has none
         if mine is None or (mine not in own and target == "backbone" and fits and is_beyond(name, wanted)):
@@ -71,13 +76,16 @@ def make_plan(
             unknown += theirs
         else:
             keys[mine] = theirs
-    values = {name: _join([tensors[key] for key in theirs]) for name, theirs in keys.items()}
+    values, misfits = {}, []
+    for name, theirs in keys.items():
+        parts = [tensors[key] for key in theirs]
+        if len({(part.shape, part.dtype) for part in parts}) > 1:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            misfits.append(f"{', '.join(theirs)} are {shapes} in the file, and should be alike")
+        else:
+            values[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     missing = tuple(name for name in own if name not in keys)
-    return Plan(held, wanted, fits, keys, values, missing, tuple(unused), tuple(unknown), reading.incomplete)
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return Plan(held, wanted, fits, keys, values, missing, tuple(unused), tuple(unknown), reading.incomplete, misfits)
 
 
 def fit_shapes(

@@ -139,6 +139,20 @@ def test_dpt_reads_every_map() -> None:
         assert not torch.equal(head(changed, (64, 96)), before)
 
 
+def test_dpt_completes_maps_with_their_last_rows_and_columns() -> None:
+    maps = Maps().double()
+    head = DPTHead(maps.channels, maps.strides, 2, 10.0).double().eval()
+    features = maps(tiny_image(size=(50, 70)).double())
+    whole = []
+    for feature, stride in zip(features, maps.strides, strict=True):
+        rows, columns = (
+            torch.arange(side // stride).clamp(max=last - 1)
+            for side, last in zip((64, 96), feature.shape[-2:], strict=True)
+        )
+        whole.append(feature[:, :, rows][..., columns])
+    torch.testing.assert_close(head(features, (50, 70)), head(whole, (64, 96))[..., :50, :70], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("strides", [(4, 8, 16), (4, 8, 16, 64), (14, 14, 14, 14)])
 def test_dpt_says_which_maps_it_takes(strides: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match=r'"dpt" takes four maps whose strides divide 32'):

@@ -26,6 +26,7 @@ LAYERS = (
     ("train",),
     # sgmim_fast is the package's own __init__
     (PACKAGE, "timm", "pretrain", "finetune", "report", "doctor", "launching", "planning"),
+    ("commands",),
     ("cli",),
 )
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}

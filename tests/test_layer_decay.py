@@ -4,13 +4,11 @@ import itertools
 
 import pytest
 import torch
-from dense_cases import Maps
+from dense_cases import SWIN_DEPTHS, Maps, tiny_backbone
 from torch import nn
 
-from sgmim_fast import ModelConfig, UserError
-from sgmim_fast.config import DepthConfig
-from sgmim_fast.models.swin import SwinEncoder
-from sgmim_fast.models.vit import ViTEncoder
+from sgmim_fast import UserError
+from sgmim_fast.config import DepthConfig, Encoder
 from sgmim_fast.tasks.depth import DepthTask
 from sgmim_fast.train.finetune_schedule import poly_rate, triangle_rate
 from sgmim_fast.train.layer_decay import LayerNumbers, layer_decay_groups
@@ -25,10 +23,8 @@ class Task(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
 
 
-def swin(encoder: str = "swin", depths: tuple[int, ...] = (2, 1, 3, 1)) -> Task:
-    heads = (1, 2, 4, 8)
-    config = ModelConfig(encoder=encoder, image_size=64, embed_dim=8, depths=depths, num_heads=heads, window_size=2)  # type: ignore[arg-type]
-    return Task(SwinEncoder(config))
+def swin(encoder: Encoder = "swin") -> Task:
+    return Task(tiny_backbone(encoder, norm="all"))
 
 
 def mim_depth_layer(name: str, depths: tuple[int, ...]) -> tuple[int, int]:
@@ -36,12 +32,12 @@ def mim_depth_layer(name: str, depths: tuple[int, ...]) -> tuple[int, int]:
     per_stage = [depth + 1 for depth in depths[:-1]] + [depths[-1]]
     count = sum(per_stage) + 2
     parts = name.split(".")
-    if name in ("backbone.mask_token", "backbone.absolute_pos_embed") or name.startswith("backbone.patch_embed"):
+    if name.startswith("backbone.encoder.patch_embed"):
         return 0, count
-    if name.startswith("backbone.layers"):
-        stage = int(parts[2])
-        if parts[3] == "blocks":
-            return int(parts[4]) + sum(per_stage[:stage]) + 1, count
+    if name.startswith("backbone.encoder.layers"):
+        stage = int(parts[3])
+        if parts[4] == "blocks":
+            return int(parts[5]) + sum(per_stage[:stage]) + 1, count
         return sum(per_stage[: stage + 1]), count
     return count - 1, count
 
@@ -58,12 +54,11 @@ def scales(groups: list[dict[str, object]], task: nn.Module) -> dict[str, tuple[
 
 
 @pytest.mark.parametrize("encoder", ["swin", "swinv2"])
-def test_swin_has_the_layers_of_mim_depth(encoder: str) -> None:
-    depths = (2, 1, 3, 1)
-    task = swin(encoder, depths)
+def test_swin_has_the_layers_of_mim_depth(encoder: Encoder) -> None:
+    task = swin(encoder)
     found = scales(layer_decay_groups(task, 0.05, 0.9), task)
     for name, parameter in task.named_parameters():
-        layer, count = mim_depth_layer(name, depths)
+        layer, count = mim_depth_layer(name, SWIN_DEPTHS)
         tables = ("relative_position_bias_table", "cpb_mlp", "logit_scale", "mask_token")
         plain = parameter.dim() == 1 or any(word in name for word in tables)
         assert found[name] == (pytest.approx(0.9 ** (count - layer - 1)), 0.0 if plain else 0.05), name
@@ -95,26 +90,26 @@ def test_order_of_names_does_not_matter() -> None:
 
 
 def test_vit_has_the_layers_of_beit() -> None:
-    config = ModelConfig(encoder="vit", image_size=64, embed_dim=8, depths=(3,), num_heads=(2,), guidance="none")
-    task = Task(ViTEncoder(config))
+    task = Task(tiny_backbone("vit"))
     found = scales(layer_decay_groups(task, 0.05, 0.5), task)
     for name, (scale, _) in found.items():
-        part = name.removeprefix("backbone.")
-        if part.startswith(("patch_embed", "cls_token", "mask_token")):
+        part = name.removeprefix("backbone.encoder.")
+        if part.startswith(("patch_embed", "cls_token")):
             layer = 0
         elif part.startswith("blocks."):
             layer = int(part.split(".")[1]) + 1
-        else:  # the shared table, the last norm and the head
-            layer = 4
-        assert scale == 0.5 ** (4 - layer), name
-    assert found["backbone.rel_pos_bias.relative_position_bias_table"] == (1.0, 0.0)
+        else:  # the shared table, the pyramid and the head
+            layer = 5
+        assert scale == 0.5 ** (5 - layer), name
+    assert found["backbone.pyramid.0.0.weight"] == (1.0, 0.05)
+    assert found["backbone.encoder.rel_pos_bias.relative_position_bias_table"] == (1.0, 0.0)
     assert found["head.0.weight"] == (1.0, 0.05)
     assert found["head.1.weight"] == (1.0, 0.0)
 
 
 def test_groups_hold_every_trained_parameter_once() -> None:
     task = swin()
-    task.backbone.mask_token.requires_grad_(False)
+    task.backbone.encoder.patch_embed.requires_grad_(False)
     groups = layer_decay_groups(task, 0.05, 0.9)
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(held) == len(set(held))

@@ -114,10 +114,12 @@ def settings_of(config: PretrainConfig) -> dict[str, object]:
     return fields
 
 
+def check(was: dict[str, object], config: PretrainConfig, here: LoaderState) -> None:
+    check_same_run(Path("there"), was, config, (loader(), here), PretrainJob.fixed, PretrainJob.free)
+
+
 def resume(config: PretrainConfig, **changes: int) -> None:
-    check_same_run(
-        Path("there"), settings_of(CONFIG), config, (loader(), loader(**changes)), PretrainJob.fixed, PretrainJob.free
-    )
+    check(settings_of(CONFIG), config, loader(**changes))
 
 
 def test_settings_of_a_resumed_run() -> None:
@@ -153,9 +155,7 @@ def test_each_optimizer_keeps_its_state_in_its_own_way() -> None:
         resume(other)
     written_before_the_choice = settings_of(CONFIG)
     written_before_the_choice["optimizer"] = {"lr": 1e-4}
-    check_same_run(
-        Path("there"), written_before_the_choice, other, (loader(), loader()), PretrainJob.fixed, PretrainJob.free
-    )
+    check(written_before_the_choice, other, loader())
 
 
 def test_every_setting_is_either_compared_or_known_to_be_free() -> None:

@@ -1,15 +1,15 @@
 """Losses with numbers worked out by hand and at their edges; tasks from a loader's batch to loss and prediction."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from dense_cases import Maps, tiny_image
-from torch import Tensor
+from dense_cases import Maps, tiny_backbone, tiny_image
+from torch import Tensor, nn
 
 from sgmim_fast import UserError
-from sgmim_fast.config import DepthConfig, DepthEvalConfig, SegmentationConfig, SegmentationEvalConfig
+from sgmim_fast.config import DepthConfig, DepthEvalConfig, Encoder, SegmentationConfig, SegmentationEvalConfig
 from sgmim_fast.tasks.depth import DepthTask
 from sgmim_fast.tasks.losses import pixel_cross_entropy, silog_loss
 from sgmim_fast.tasks.segmentation import SegmentationTask
@@ -200,6 +200,33 @@ def test_segmentation_task_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("encoder", get_args(Encoder))
+@pytest.mark.parametrize("kind", ["glp", "dpt", "segmentation"])
+def test_tasks_with_real_backbones(encoder: Encoder, kind: str) -> None:
+    """Sizes that neither patches nor windows divide, a step that reaches every parameter, and the same in bf16."""
+    size = (50, 71)
+    task: nn.Module
+    if kind == "segmentation":
+        config = SegmentationConfig(classes=5, head_channels=8, auxiliary_channels=4)
+        task, batch, channels = SegmentationTask(tiny_backbone(encoder, norm="all"), config), label_batch(size), 5
+    else:
+        backbone = tiny_backbone(encoder, norm="last" if kind == "glp" else "all")
+        depth = DepthConfig(head=kind, head_channels=4)  # type: ignore[arg-type]
+        task, batch, channels = DepthTask(backbone, depth), depth_batch(size), 1
+    optimizer = torch.optim.SGD(task.parameters(), 1e-3)
+    for _ in range(2):  # Swin V2 and the head begin with branches at or near zero
+        optimizer.zero_grad()
+        task(batch).loss.backward()
+        optimizer.step()
+    unread = ("pyramid.0", "pyramid.1") if kind == "glp" else ()
+    for name, parameter in task.named_parameters():
+        if not name.startswith(tuple(f"backbone.{part}" for part in unread)):
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    assert task.eval().predict(batch["image"]).shape == (2, channels, *size)
+    assert task.bfloat16()(batch).loss.dtype == torch.float32
 
 
 def test_bf16_segmentation_task_has_float32_losses() -> None:

@@ -111,8 +111,8 @@ class SegmentationDataConfig:
     crop_size: tuple[int, int] = (512, 512)
     """(height, width) of the training crops."""
     resize: tuple[int, int] | None = (2048, 512)
-    """(long, short) side that images are fitted into before the crop, times a factor of ratio_range; None multiplies
-    the stored size."""
+    """(long, short) side that images are fitted into: in training times a factor of ratio_range, before the crop; in
+    evaluation and prediction as it is. None keeps the stored size instead."""
     ratio_range: tuple[float, float] = (0.5, 2.0)
     """Bounds of the random factor of the size."""
     cat_max_ratio: float = 0.75

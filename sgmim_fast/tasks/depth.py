@@ -1,11 +1,12 @@
 """Monocular depth estimation: a backbone, a head, and what happens to a loader's batch until its loss."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from sgmim_fast.config import DepthConfig
+from sgmim_fast.models.backbone import Backbone
 from sgmim_fast.models.heads.dpt import DPTHead
 from sgmim_fast.models.heads.glp import GLPHead
 from sgmim_fast.tasks.losses import silog_loss
@@ -25,12 +26,11 @@ class DepthTask(nn.Module):
         config: the head, the range of depths and the loss.
     """
 
-    def __init__(self, backbone: nn.Module, config: DepthConfig) -> None:
+    def __init__(self, backbone: Backbone, config: DepthConfig) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
-        maps: Any = backbone
-        self.head = make_depth_head(maps.channels, maps.strides, config)
+        self.head = make_depth_head(backbone.channels, backbone.strides, config)
 
     def forward(self, batch: Mapping[str, Tensor]) -> DepthOutput:
         """SILog of a batch: ``image`` (B, 3, H, W) normalised, ``depth`` (B, 1, H, W) metres, 0 where unknown."""

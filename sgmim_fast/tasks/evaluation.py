@@ -1,6 +1,8 @@
 """Testing a task on whole images, one after the other."""
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +41,10 @@ class Counts(ABC):
         Raises:
             UserError: if nothing could be counted.
         """
+
+    def details(self, class_names: Sequence[str] | None) -> dict[str, float]:
+        """More figures than ``compute`` gives, by name."""
+        return {}
 
     @torch.no_grad()
     def count(self, task: Any, sample: EvaluationSample, *, counted: bool = True) -> Tensor:
@@ -92,3 +98,9 @@ class SegmentationCounts(Counts):
 
     def compute(self) -> dict[str, float]:
         return self.metrics.compute()
+
+    def details(self, class_names: Sequence[str] | None) -> dict[str, float]:
+        """Intersection over union of each class that is labelled or predicted."""
+        names = class_names or [str(number) for number in range(self.metrics.classes)]
+        found = zip(names, self.metrics.class_iou().tolist(), strict=True)
+        return {f"IoU {name}": value for name, value in found if not math.isnan(value)}

@@ -25,15 +25,10 @@ def kind_of(config: TaskConfig) -> str:
     return "depth" if isinstance(config, DepthConfig) else "segmentation"
 
 
-def backbone_options(config: TaskConfig, encoder: str, blocks: int) -> dict[str, Any]:
-    """Which maps the head of ``config`` reads: fields of ``BackboneConfig``.
-
-    Args:
-        encoder: of the backbone.
-        blocks: of a ViT; stages of a Swin.
-    """
+def backbone_options(config: TaskConfig) -> dict[str, Any]:
+    """What the head of ``config`` asks of a backbone: fields of ``BackboneConfig``."""
     if isinstance(config, DepthConfig) and config.head == "glp":  # it reads the last map alone, at its own resolution
-        return {"norm": "last", "out_indices": (blocks - 1,), "pyramid": False}
+        return {"norm": "last", "pyramid": False}
     return {"norm": "all"}
 
 
@@ -80,20 +75,21 @@ def load_finetuned(
         )
     try:
         make, head = _KINDS[metadata["task"]]
-        backbone = BackboneConfig(**json.loads(metadata["backbone"]))
+        shape = BackboneConfig(**json.loads(metadata["backbone"]))
         config = head(**json.loads(metadata["head"]))
         notes = json.loads(metadata["notes"])
     except (KeyError, TypeError, ValueError) as error:  # UserError and json's error are ValueErrors
         raise UserError(f"{path}: holds a model that this version cannot build ({error})") from error
     _, tensors = read_tensors(path)
     with torch.device("meta"):
-        task: DenseTask = make(Backbone(backbone), config)
+        backbone = Backbone(shape)
+        task: DenseTask = make(backbone, config)
     try:
         task.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise UserError(
             f"{path}: its weights do not fit its configuration ({' '.join(str(error).split())[:200]}); copy it again"
         ) from error
-    task.backbone.set_backend(backend)
-    task.backbone.set_attention(attention)
+    backbone.set_backend(backend)
+    backbone.set_attention(attention)
     return task.eval(), notes

@@ -1,12 +1,13 @@
 """Semantic segmentation: a backbone, UPerNet and its auxiliary head, and a loader's batch until its losses."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from sgmim_fast.config import SegmentationConfig
 from sgmim_fast.errors import UserError
+from sgmim_fast.models.backbone import Backbone
 from sgmim_fast.models.heads.upernet import FCNHead, UPerNetHead
 from sgmim_fast.tasks.losses import pixel_cross_entropy
 
@@ -33,12 +34,11 @@ class SegmentationTask(nn.Module):
         UserError: if the backbone has fewer than three maps and an auxiliary head is asked for.
     """
 
-    def __init__(self, backbone: nn.Module, config: SegmentationConfig) -> None:
+    def __init__(self, backbone: Backbone, config: SegmentationConfig) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
-        maps: Any = backbone
-        channels, strides = maps.channels, maps.strides
+        channels, strides = backbone.channels, backbone.strides
         self.head = UPerNetHead(channels, strides[0], config.head_channels, config.classes, config.dropout)
         self.auxiliary_head = None
         if config.auxiliary_weight:

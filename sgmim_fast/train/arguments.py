@@ -78,6 +78,15 @@ def load_config(path: Path, program: Program[Config]) -> Config:
     return _parse(list(_flatten(content)), program, type(program.recipes[program.recipe]())())
 
 
+def changed_config(config: Config, words: Sequence[str], program: Program[Config]) -> Config:
+    """``config`` with the options ``words`` in the place of its own.
+
+    Raises:
+        UserError: as ``parse_config``.
+    """
+    return _parse([_expand(word, program.short) for word in words], program, config)
+
+
 def kind_of_run(path: Path) -> str:
     """``Job.kind`` of the run that wrote a ``config.json``."""
     return str(_read_mapping(path).get("kind", _FIRST_KIND))

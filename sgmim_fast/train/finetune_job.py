@@ -153,14 +153,12 @@ class FinetuneJob(Job[FineConfig]):
     def backbone_config(self) -> BackboneConfig:
         """The shape of the backbone."""
         with torch.device("meta"):
-            bare = self._backbone(None, {}).config
-            options = backbone_options(self.head, bare.encoder, bare.levels)
-            return self._backbone(None, options).config
+            return self._backbone().config
 
-    def _backbone(self, device: torch.device | None, options: dict[str, Any]) -> Backbone:
+    def _backbone(self) -> Backbone:
         said = self.config.backbone
         name = None if said.name == FROM_WEIGHTS else said.name
-        fields = {
+        fields: dict[str, Any] = {
             key: value[0] if len(value) == 1 else value
             for key, value in (
                 ("image_size", said.image_size),
@@ -169,15 +167,13 @@ class FinetuneJob(Job[FineConfig]):
             )
             if value is not None
         }
-        backbone = create_backbone(
-            name, weights=self.weights, drop_path_rate=said.drop_path_rate, **options, **fields
-        )  # fmt: skip
-        return backbone.to(device)
+        options = backbone_options(self.head)
+        return create_backbone(name, weights=self.weights, drop_path_rate=said.drop_path_rate, **options, **fields)
 
     def make_task(self, device: torch.device | None, backend: Backend) -> DenseTask:
         train, config = self.config.train, self.backbone_config
         self.config.check_stages(config.encoder, config.depths)
-        backbone = self._backbone(None, backbone_options(self.head, config.encoder, config.levels))
+        backbone = self._backbone()
         task = make_task(backbone, self.head).to(device)
         backbone.set_backend(backend)
         backbone.set_attention(train.attention)

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sgmim_fast.config import SegmentationDataConfig
+from sgmim_fast.config import IGNORED_LABEL, SegmentationDataConfig
 from sgmim_fast.data.augment import normalize_image
-from sgmim_fast.data.dense.label_maps import IGNORED
 
 _ATTEMPTS = 10  # crops that are drawn again for cat_max_ratio
 
@@ -119,7 +118,7 @@ def draw_resized_crop(rng: np.random.Generator, labels: np.ndarray, config: Segm
 
 
 def _varied(labels: np.ndarray, limit: float) -> bool:
-    counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)[:IGNORED]
+    counts = np.bincount(labels.ravel(), minlength=IGNORED_LABEL + 1)[:IGNORED_LABEL]
     return int(np.count_nonzero(counts)) > 1 and int(counts.max()) < limit * int(counts.sum())
 
 

@@ -28,6 +28,7 @@ class Reach(NamedTuple):
     """Bounds of the largest depth of several maps."""
     typical: tuple[float, float]
     """Bounds of the median depth of several maps."""
+    remedy: str = "convert the maps"
 
 
 class Measured(NamedTuple):
@@ -111,7 +112,7 @@ class DepthReader:
         looks = f"it looks like {fitting[0]}" if fitting else "no usual unit fits"
         return (
             f"{where}: depths reach {found.farthest:.4g} m with a median of {found.typical:.4g} m if stored as {unit}, "
-            f"but {self.reach.expected}: {looks}; correct --data.depth-scale (of --data.dataset folder), or the maps"
+            f"but {self.reach.expected}: {looks}; {self.reach.remedy}"
         )
 
     def _fits(self, found: Measured, factor: float) -> bool:

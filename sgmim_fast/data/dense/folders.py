@@ -11,7 +11,7 @@ from sgmim_fast.errors import UserError
 
 Split = Literal["train", "val"]
 
-LABEL_SUFFIXES = frozenset((".png", ".bmp", ".tif", ".tiff", ".gif"))
+LABEL_SUFFIXES = frozenset((".png", ".bmp", ".tif", ".tiff"))
 _SHARE = 10
 """One in so many samples, the last ones by name, is for evaluation where nothing else says which are."""
 

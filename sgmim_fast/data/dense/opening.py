@@ -21,8 +21,6 @@ from sgmim_fast.data.manifest import pair_folders
 from sgmim_fast.data.pair_list import PairList
 from sgmim_fast.errors import UserError
 
-MOST_CLASSES = 254
-
 
 class _Benchmark(NamedTuple):
     """A public data set whose splits are lists."""
@@ -98,7 +96,8 @@ def open_depth(config: DepthDataConfig, split: Split, *, max_depth: float) -> De
             expected = (
                 f"half of all depths should be nearer than the task's largest, {max_depth:g} m, and some far from 0"
             )
-            reach = Reach(expected, (max_depth / 50, float("inf")), (max_depth / 500, max_depth))
+            remedy = "correct --data.depth-scale, or convert the maps"
+            reach = Reach(expected, (max_depth / 50, float("inf")), (max_depth / 500, max_depth), remedy)
             reader = DepthReader("the folder", config.depth_scale, integers=False, reach=reach)
     samples = DenseSamples(
         root,
@@ -137,7 +136,7 @@ def open_labels(config: SegmentationDataConfig, split: Split, *, classes: int) -
     * folder: images/ and labels/ with subfolders train and val, or the last tenth by name for evaluation; 8-bit PNG.
 
     Args:
-        classes: of the task.
+        classes: of the task, 1 to 255.
 
     Raises:
         UserError: for anything missing or malformed, and labels that no class has; one line that names the file.
@@ -154,8 +153,6 @@ def open_labels(config: SegmentationDataConfig, split: Split, *, classes: int) -
         found = own_split(root, split, lists, "images", "labels")
     else:
         found = own_split(root, split, lists, "images", "labels")
-    if not 1 <= classes <= MOST_CLASSES:
-        raise UserError(f"{classes} classes do not fit label maps of 8 bits; 1 to {MOST_CLASSES} do")
     reader = LabelReader(classes, config.first_label, config.ignore_index)
     samples = DenseSamples(
         root,
@@ -163,6 +160,7 @@ def open_labels(config: SegmentationDataConfig, split: Split, *, classes: int) -
         DenseDecoder(reader, False),
         summary=f"{config.dataset} ({split}): {len(found.pairs)} images of {root}, {found.chosen}",
         class_names=names,
+        fit=config.resize,
     )
     samples.look()
     return samples

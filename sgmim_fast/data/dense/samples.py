@@ -89,6 +89,7 @@ class DenseSamples:
         summary: what the split is, for people.
         class_names: of label maps, where the data set names its classes.
         max_depth: largest depth of the task in metres, of depth maps.
+        fit: (long, short) side that whole images are fitted into before anything is predicted; None leaves their size.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class DenseSamples:
         summary: str,
         class_names: Sequence[str] | None = None,
         max_depth: float | None = None,
+        fit: tuple[int, int] | None = None,
     ) -> None:
-        self.root, self.pairs, self.decoder, self._summary, self.max_depth = root, pairs, decoder, summary, max_depth
+        self.root, self.pairs, self.decoder, self._summary = root, pairs, decoder, summary
+        self.max_depth, self.fit = max_depth, fit
         self.class_names = None if class_names is None else tuple(class_names)
 
     def __len__(self) -> int:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from sgmim_fast.config import DepthDataConfig, SegmentationDataConfig
+from sgmim_fast.config import IGNORED_LABEL, DepthDataConfig, SegmentationDataConfig
 from sgmim_fast.data.batches import Batch, Loader, Sample
 from sgmim_fast.data.dense import colors, crops
-from sgmim_fast.data.dense.label_maps import IGNORED
 from sgmim_fast.data.dense.samples import DenseDecoder, DenseSamples
 from sgmim_fast.data.members import Member
 from sgmim_fast.data.order import BEGIN, Place, SampleOrder
@@ -82,7 +81,7 @@ class LabelTraining(Dataset[Sample]):
         pixels, labels = crops.resized_pixels(pixels, size, crop), crops.resized_labels(labels, size, crop)
         if config.photometric:
             pixels = colors.distort_photometrically(pixels, sample_rng(self.seed, key.epoch, key.sample, STREAM_COLOR))
-        image, label = crops.finish(pixels, labels, flip, config.crop_size, IGNORED)
+        image, label = crops.finish(pixels, labels, flip, config.crop_size, IGNORED_LABEL)
         return {"image": image, "label": label.long(), "index": key.sample}
 
     def collated(self, samples: Sequence[Sample]) -> Batch:

@@ -22,7 +22,8 @@ class GLPHead(nn.Module):
     """Three transposed convolutions, a convolution, bilinear doublings to the image's size and two convolutions.
 
     Args:
-        channels: of the backbone's maps; the last one is read, the first one sets the width of the convolutions.
+        channels: of the backbone's maps; the last one is read, the first one sets the width of the convolutions. Where
+            all are as wide, as a ViT's are, that is four times ``filters``.
         stride: of the last map, in pixels: 32 as in the original, or another power of two from 8 on, which takes
             fewer or more doublings.
         filters: channels of the transposed convolutions.
@@ -46,7 +47,7 @@ class GLPHead(nn.Module):
                 nn.ReLU(True),
             ]
         self.deconvolve = nn.Sequential(*layers)
-        width = channels[0]
+        width = channels[0] if channels[0] < channels[-1] else 4 * filters
         self.convolve = nn.Sequential(nn.Conv2d(filters, width, 3, padding=1), SyncedBatchNorm(width), nn.ReLU(True))
         self.last = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 1, 3, padding=1))
         for module in self.modules():

@@ -1,0 +1,1 @@
+"""What `sgmim` does for commands that are more than a few lines."""

@@ -1,0 +1,69 @@
+"""``sgmim evaluate``: figures of a fine-tuned model on images that it was not trained on."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sgmim_fast.commands import finetuned_runs
+
+DESCRIPTION = (
+    "Test a fine-tuned model. Settings of the run, such as --data.path or --evaluation.windows, can be changed."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    finetuned_runs.add_options(parser)
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="which images")
+    parser.add_argument("--limit", type=int, help="so many images, evenly from all over the split, instead of all")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures and their origin as JSON, too")
+
+
+def run(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    """Evaluate and print.
+
+    Raises:
+        UserError: for a run, data or settings that do not fit.
+    """
+    from dataclasses import asdict
+
+    from rich.progress import Progress
+
+    from sgmim_fast.data.dense.evaluation import evaluation_samples
+    from sgmim_fast.errors import UserError
+    from sgmim_fast.train.environment import describe_environment
+
+    opened = finetuned_runs.open_run(arguments, settings)
+    samples = opened.job.open_split(arguments.split)
+    count = len(samples)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit {arguments.limit} must be 1 or more")
+    wanted = min(count, arguments.limit or count)
+    indices = [number * count // wanted for number in range(wanted)]
+    counts = opened.job.counts(opened.device)
+    print(f"{opened.weights} on {samples.describe()}", flush=True)
+    with Progress() as progress:
+        task = progress.add_task("evaluating", total=wanted)
+        for sample in evaluation_samples(samples, indices):
+            counts.count(opened.task, sample)
+            progress.advance(task)
+    figures = counts.compute()
+    details = counts.details(samples.class_names)
+    for name, value in (figures | details).items():
+        print(f"  {name:24}{value:>12.4f}" if isinstance(value, float) else f"  {name:24}{value:>12}")
+    if arguments.output is not None:
+        found: dict[str, Any] = {
+            "figures": figures,
+            "details": details,
+            "weights": str(opened.weights),
+            "split": arguments.split,
+            "images": wanted,
+            "data": samples.describe(),
+            "list_sha256": samples.sha256,
+            "evaluation": asdict(opened.job.config.evaluation),
+            "environment": describe_environment(opened.device, 1),
+        }
+        arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {arguments.output}")
