@@ -1,8 +1,8 @@
 """``python -m tests.finetune_matrix DATA WEIGHTS OUTPUT [OTHER]``: straight and interrupted fine-tuning.
 
 As ``tests.resume_matrix``, one process a rank for all runs. Each combination has in OUTPUT ``straight`` of four steps,
-evaluated after two and four; ``halves`` that stops after two and is resumed by a new engine; ``quiet`` without an
-evaluation on the way. With a fourth argument, the OUTPUT of another number of ranks, those ``halves`` are resumed at
+evaluated after two and four; ``halves`` that stops after two and is resumed by a new engine that
+evaluates only at its end. With a fourth argument, the OUTPUT of another number of ranks, those ``halves`` are resumed at
 step two by this number of ranks: ``other``.
 """
 
@@ -17,13 +17,7 @@ from sgmim_fast.finetune import make_job
 from sgmim_fast.train.engine import run_job
 from tests.finetune_runs import arguments
 
-COMBINATIONS = [
-    ("depth", 0, "fp32"),
-    ("depth", 2, "bf16"),
-    ("depth", 3, "fp32"),
-    ("segmentation", 1, "fp32"),
-    ("segmentation", 3, "bf16"),
-]
+COMBINATIONS = [("depth", 0, "fp32"), ("depth", 3, "bf16"), ("segmentation", 2, "fp32")]
 
 
 def name(task: str, stage: int, precision: str) -> str:
@@ -42,6 +36,7 @@ def main() -> None:
         if task == "segmentation":
             chosen["segmentation__dropout"] = 0.0  # drawn by each rank for its own images
             chosen["backbone__drop_path_rate"] = 0.0
+            chosen["data__ratio_range"] = "1 1"  # padding does not count, and ranks average what does
         assert run_job(*make_job(arguments(task, data, weights, folder, **chosen | options)))
 
     for task, stage, precision in COMBINATIONS:
@@ -53,8 +48,7 @@ def main() -> None:
             continue
         run(task, folder / "straight", stage, precision)
         run(task, folder / "halves", stage, precision, train__max_steps=2)
-        run(task, folder / "halves", stage, precision, resume="auto")
-        run(task, folder / "quiet", stage, precision, evaluate_every=0)
+        run(task, folder / "halves", stage, precision, resume="auto", evaluate_every=0)
     destroy()
 
 

@@ -44,21 +44,18 @@ def course(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("which", NAMES)
 @pytest.mark.parametrize("ranks", ["one", "two"])
-def test_resumes_to_the_bit_and_evaluations_disturb_nothing(
+def test_resumes_to_the_bit(
     ranks: str, which: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(ranks) / which
     assert [row["step"] for row in evaluations(folder / "straight")] == [2, 4]
-    assert [row["step"] for row in evaluations(folder / "quiet")] == [4]
     assert evaluations(folder / "halves") == evaluations(folder / "straight")
-    assert evaluations(folder / "quiet") == evaluations(folder / "straight")[1:]
     assert len({row["loss"] for row in course(folder / "straight")}) == 4
     last = weights(folder / "straight", 4)
     assert any("running_mean" in key for key in last)
-    for other in ("halves", "quiet"):
-        assert course(folder / other) == course(folder / "straight")
-        for key, value in weights(folder / other, 4).items():
-            assert torch.equal(value, last[key]), key
+    assert course(folder / "halves") == course(folder / "straight")
+    for key, value in weights(folder / "halves", 4).items():
+        assert torch.equal(value, last[key]), key
     first = weights(folder / "straight", 2)
     for part in ("backbone.encoder.layers.0.blocks.0.attn.qkv.weight", "running_var"):
         assert any(part in key and not torch.equal(first[key], last[key]) for key in first), part
@@ -70,7 +67,7 @@ def test_resumes_to_the_bit_and_evaluations_disturb_nothing(
 def test_another_number_of_ranks_goes_on(
     ranks: str, one: Path, two: Path, scenes: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
-    """Cross-entropy is the same on any number of ranks; SILog is each rank's own, so its run only goes on."""
+    """Cross-entropy over as many pixels a rank is the same on any number of ranks; SILog is each rank's own, so its run only goes on."""
     count, before = (1, two) if ranks == "one after two" else (2, one)
     output = matrix(count, scenes, two_ranks, tmp_path / "other", before)
     for which in NAMES:
@@ -81,4 +78,4 @@ def test_another_number_of_ranks_goes_on(
             if which.startswith("segmentation"):
                 rel = 1e-4 if "fp32" in which else 3e-2
                 assert row["loss"] == pytest.approx(there["loss"], rel=rel)
-                assert row["grad_norm"] == pytest.approx(there["grad_norm"], rel=10 * rel)
+                assert row["grad_norm"] == pytest.approx(there["grad_norm"], rel=rel)
