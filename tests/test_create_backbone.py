@@ -66,6 +66,16 @@ def test_architecture_comes_from_a_file_of_ours(encoder: str, tmp_path: Path) ->
     assert_same_maps(again(image), backbone(image), 0)
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_an_encoder_in_use_has_no_mask_token(encoder: str, tmp_path: Path) -> None:
+    model = randomised(tiny(encoder))
+    path = save_weights(model, tmp_path / "pretrained.safetensors")
+    shape = BackboneConfig.from_pretraining(model.config, norm="last")
+    report = load_weights(Backbone(shape).encoder, path)
+    assert "encoder.mask_token" in report.unused
+    assert report.missing == ()
+
+
 def test_swinv2_keeps_the_windows_of_the_file(tmp_path: Path) -> None:
     """Also where the architecture is named: a name stands for windows of 12, the file's were of 4."""
     shape = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (2, 2, 4, 4)}
