@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgmim_fast import Backbone, BackboneConfig, create_backbone, save_weights
+from sgmim_fast import Backbone, BackboneConfig, create_backbone, load_weights, save_weights
 from sgmim_fast.recipes import MODELS
 from tests.test_backbone import assert_same_maps, picture, small
 from tests.weight_cases import ENCODERS, randomised, refuses, tiny
