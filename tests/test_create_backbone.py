@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgmim_fast import Backbone, BackboneConfig, create_backbone, save_weights
+from sgmim_fast import Backbone, BackboneConfig, create_backbone, load_weights, save_weights
 from sgmim_fast.recipes import MODELS
 from tests.test_backbone import assert_same_maps, picture, small
 from tests.weight_cases import ENCODERS, randomised, refuses, tiny
@@ -64,6 +64,16 @@ def test_architecture_comes_from_a_file_of_ours(encoder: str, tmp_path: Path) ->
     again = create_backbone(weights=save_weights(backbone, tmp_path / "backbone.safetensors")).eval()
     assert again.config == backbone.config
     assert_same_maps(again(image), backbone(image), 0)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_an_encoder_in_use_has_no_mask_token(encoder: str, tmp_path: Path) -> None:
+    model = randomised(tiny(encoder))
+    path = save_weights(model, tmp_path / "pretrained.safetensors")
+    shape = BackboneConfig.from_pretraining(model.config, norm="last")
+    report = load_weights(Backbone(shape).encoder, path)
+    assert "encoder.mask_token" in report.unused
+    assert report.missing == ()
 
 
 def test_swinv2_keeps_the_windows_of_the_file(tmp_path: Path) -> None:

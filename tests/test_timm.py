@@ -10,6 +10,7 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.layers import Format
 from timm.models import group_parameters
+from timm.models._hub import save_for_hf
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -255,6 +256,14 @@ def test_own_checkpoints_come_back(encoder: str, tmp_path: Path) -> None:
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match="head"):
         make(encoder, num_classes=11, checkpoint_path=tmp_path / "own.pth")
+
+
+def test_timms_own_folder_comes_back(tmp_path: Path) -> None:
+    model = scattered("swin", torch.float32, num_classes=10)
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = picture(64, 64, dtype=torch.float32)
+    assert torch.equal(again(image), model(image))
 
 
 @pytest.mark.parametrize("layout", ["sgmim", "swin", "timm"])
