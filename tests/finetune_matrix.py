@@ -1,13 +1,14 @@
 """``python -m tests.finetune_matrix DATA WEIGHTS OUTPUT [OTHER]``: straight and interrupted fine-tuning.
 
 As ``tests.resume_matrix``, one process a rank for all runs. Each combination has in OUTPUT ``straight`` of four steps,
-evaluated after two and four; ``halves`` that stops after two and is resumed by a new engine that
-evaluates only at its end. With a fourth argument, the OUTPUT of another number of ranks, those ``halves`` are resumed at
-step two by this number of ranks: ``other``.
+evaluated after two and four; ``halves`` that stops after two and is resumed by a new engine that evaluates only at its
+end. ``poisoned`` has three steps, one of them with infinity in an image. With a fourth argument, the OUTPUT of another
+number of ranks, those ``halves`` are resumed at step two by this number of ranks: ``other``.
 """
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import distributed
 
 from sgmim_fast.finetune import make_job
 from sgmim_fast.train.engine import run_job
+from tests.faulty_pretrain import poison
 from tests.finetune_runs import arguments
 
 COMBINATIONS = [("depth", 0, "fp32"), ("depth", 3, "bf16"), ("segmentation", 2, "fp32")]
@@ -49,6 +51,10 @@ def main() -> None:
         run(task, folder / "straight", stage, precision)
         run(task, folder / "halves", stage, precision, train__max_steps=2)
         run(task, folder / "halves", stage, precision, resume="auto", evaluate_every=0)
+    with poison([2]) if distributed.get_rank() == ranks - 1 else nullcontext():  # the last rank alone meets it
+        task, stage, precision = COMBINATIONS[0]
+        if not others:
+            run(task, output / "poisoned", stage, precision, train__max_steps=3, train__checkpoint_every=1)
     destroy()
 
 

@@ -44,9 +44,7 @@ def course(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("which", NAMES)
 @pytest.mark.parametrize("ranks", ["one", "two"])
-def test_resumes_to_the_bit(
-    ranks: str, which: str, request: pytest.FixtureRequest
-) -> None:
+def test_resumes_to_the_bit(ranks: str, which: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(ranks) / which
     assert [row["step"] for row in evaluations(folder / "straight")] == [2, 4]
     assert evaluations(folder / "halves") == evaluations(folder / "straight")
@@ -63,11 +61,21 @@ def test_resumes_to_the_bit(
         assert any(not torch.equal(value, value.bfloat16().to(value.dtype)) for value in last.values())
 
 
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_a_step_that_is_not_finite_changes_nothing(ranks: str, request: pytest.FixtureRequest) -> None:
+    """Running statistics of batch norms included, which the forward pass has made infinite by then."""
+    folder = request.getfixturevalue(ranks) / "poisoned"
+    first, skipped, third = (weights(folder, step) for step in (1, 2, 3))
+    assert all(torch.equal(first[key], skipped[key]) for key in first)
+    assert any("running_mean" in key and not torch.equal(third[key], skipped[key]) for key in first)
+    assert [row["skipped_steps"] for row in rows(folder)] == [0, 1, 1]
+
+
 @pytest.mark.parametrize("ranks", ["one after two", "two after one"])
 def test_another_number_of_ranks_goes_on(
     ranks: str, one: Path, two: Path, scenes: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
-    """Cross-entropy over as many pixels a rank is the same on any number of ranks; SILog is each rank's own, so its run only goes on."""
+    """Cross-entropy is then the same, over as many pixels a rank; SILog is each rank's own, so its run only goes on."""
     count, before = (1, two) if ranks == "one after two" else (2, one)
     output = matrix(count, scenes, two_ranks, tmp_path / "other", before)
     for which in NAMES:

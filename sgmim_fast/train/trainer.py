@@ -134,8 +134,8 @@ class Trainer:
         if self.config.train.zero_stage > 0:
             norm, taken = self.engine.get_global_grad_norm(), self.engine.was_step_applied()
         if not taken:
-            for buffer, before in zip(self._buffers, buffers, strict=True):
-                buffer.copy_(before)
+            for buffer, kept in zip(self._buffers, buffers, strict=True):
+                buffer.copy_(kept)
         return Step(rate, norm, taken, micro_steps, waited)
 
     def _set_rate(self, step: int) -> float:
