@@ -38,7 +38,7 @@ def export_huggingface(
     """Writes a folder that ``from_pretrained`` of transformers' classes loads.
 
     As SwinModel, Swinv2Model or BeitModel; where the maps are the same, as SwinBackbone, Swinv2Backbone or
-    BeitBackbone; a pre-training Swin also for masked image modelling. AutoBackbone loads from the Hub, not from folders.
+    BeitBackbone; a pre-training Swin also for masked image modelling. AutoBackbone itself loads from the Hub alone.
 
     Args:
         model: a pre-training model, its encoder, or a backbone that gives its last map.
