@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgmim_fast.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FinetunedRun(NamedTuple):
@@ -21,7 +22,7 @@ class FinetunedRun(NamedTuple):
     """See ``save_finetuned``."""
     weights: Path
     """The file that was read."""
-    device: torch.device
+    device: "torch.device"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +74,9 @@ def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> Finetune
     return FinetunedRun(task, job, notes, weights, device)
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None) -> "torch.device":
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
