@@ -149,13 +149,13 @@ def read_config(path: str | Path) -> ModelConfig | None:
 
 
 def read_backbone_config(path: str | Path) -> BackboneConfig | None:
-    """Likewise of a file whose weights are a backbone's."""
+    """Likewise of a file whose weights are a backbone's, or those of a model that was fine-tuned around one."""
     return _read_config(path, "backbone", BackboneConfig)
 
 
 def _read_config(path: str | Path, entry: str, kind: type[C]) -> C | None:
     metadata = read_metadata(path)
-    if "layout" not in metadata or entry not in metadata:
+    if entry not in metadata or not {"layout", "task"} & metadata.keys():
         return None
     try:
         return kind(**json.loads(metadata[entry]))

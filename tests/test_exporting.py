@@ -200,6 +200,7 @@ def test_call_of_timm_tells_the_epsilon(tmp_path: Path) -> None:
     assert theirs.norm.eps == 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's indexing
 def test_what_timm_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     refuses(lambda: export_timm(backbone_of("swin"), path), "image_size is needed")
