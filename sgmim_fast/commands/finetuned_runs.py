@@ -71,7 +71,7 @@ def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> Finetune
     device = open_device(arguments.device)
     task, notes = load_finetuned(weights)
     task.to(device)
-    task.backbone.set_backend(arguments.backend)  # type: ignore[operator]
+    task.backbone.set_backend(arguments.backend)
     return FinetunedRun(task, job, notes, weights, device)
 
 

@@ -86,7 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     grid.add_argument(
         "--tokens",
         type=int,
-        default=32_768,
+        default=16_384,
         help="training tokens at most for segmentation, knn-depth and knn-segmentation; depth uses all",
     )
     targets = parser.add_argument_group("targets")

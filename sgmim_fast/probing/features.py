@@ -68,7 +68,7 @@ class BackboneFeatures:
 
     def __call__(self, image: Tensor) -> Tensor:
         weight = next(self.backbone.parameters())
-        with torch.inference_mode():
+        with torch.no_grad():
             found = self.backbone(image[None].to(weight.device))
             rows, columns = (-(-side // self.stride) for side in image.shape[-2:])
             brought = [

@@ -10,13 +10,14 @@ from torch.nn.functional import log_softmax
 from sgmim_fast.errors import UserError
 from sgmim_fast.probing.ridge import Linear
 
-STRENGTHS = tuple(10.0**power for power in range(-6, 1))
-"""Penalties to choose from. Features count as if of variance 1."""
+STRENGTHS = tuple(10.0**power for power in range(1, -7, -1))
+"""Penalties to choose from, strongest first. Features count as if of variance 1."""
 # Largest entry of the gradient, in coordinates in which the curvature is at most about 1: of the solution, and of those
 # that are only compared with each other.
 _TOLERANCE = 1e-6
 _COMPARED = 1e-4
 _ITERATIONS = 2000
+_PATIENCE = 2  # strengths
 _MEMORY = 20  # steps that L-BFGS remembers
 
 
@@ -127,20 +128,28 @@ def choose_logistic(
 ) -> ChosenLogistic:
     """The strength with the least cross-entropy when each fold is held out once, then the solution on all tokens.
 
+    Strengths are tried in their order until two in succession are no better than the best before them.
+
     Args:
         tokens: (N, C).
         shares: (N, K), rows sum to 1.
         weight: (N,), positive.
         fold: (N,) int64.
-        strengths: to choose from.
+        strengths: to choose from, strongest first.
     """
     fits = Logistic(tokens, shares)
-    errors = dict.fromkeys(strengths, 0.0)
-    for number in fold.unique().tolist():
-        held = fold == number
-        start = None
-        for strength in sorted(strengths, reverse=True):  # each begins where the stronger one before it ended
-            start = fits.solve(strength, weight * ~held, start, _COMPARED)
-            errors[strength] += fits.entropy(start, weight * held)
-    best = min(strengths, key=lambda strength: (errors[strength], -strength))
-    return ChosenLogistic(fits.solve(best, weight), best, errors[best] / float(weight.sum()))
+    parts = [fold == number for number in fold.unique()]
+    starts: list[Linear | None] = [None] * len(parts)
+    best, least, worse = 0.0, float("inf"), 0
+    for strength in strengths:
+        error = 0.0
+        for number, held in enumerate(parts):
+            found = fits.solve(strength, weight * ~held, starts[number], _COMPARED)
+            starts[number] = found  # the next, weaker one begins where this one ended
+            error += fits.entropy(found, weight * held)
+        worse = 0 if error < least else worse + 1
+        if error < least:
+            best, least = strength, error
+        if worse == _PATIENCE:
+            break
+    return ChosenLogistic(fits.solve(best, weight), best, least / float(weight.sum()))

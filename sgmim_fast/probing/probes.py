@@ -1,4 +1,10 @@
-"""Fitting probes on the features of some images, and scoring them on others."""
+"""Fitting probes on the features of some images, and scoring them on others.
+
+DINOv2 (arXiv 2304.07193) trains its linear depth and segmentation layers by AdamW, depth as a mean over 256 bins; what
+comes out depends on learning rate, schedule and batch. Here every probe is the one solution of a problem that has one:
+least squares of log depth in closed form, a convex classifier at its minimum, a search that is exact. So nothing is
+tuned but the strength of the penalty, on held-out training images, and two runs of the same weights agree.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -89,7 +95,8 @@ class _Trained(NamedTuple):
     tokens: Tokens
     mean: Tensor
     """(T,) float64: the targets' weighted mean over all training tokens."""
-    count: int
+    total: int
+    """Training tokens with a target."""
 
 
 def run_probes(
@@ -140,7 +147,7 @@ def run_probes(
         results,
         len(train),
         len(val),
-        trained.count,
+        trained.total,
         len(trained.tokens.features),
         names_sha256(splits.train, train),
         names_sha256(splits.val, val),

@@ -24,7 +24,7 @@ class ProbeSettings:
     """Images that are scored, evenly from all over the split."""
     seed: int = 0
     """Draws images and tokens."""
-    tokens: int = 32_768
+    tokens: int = 16_384
     """Training tokens at most for nearest neighbours and for the classifier, the same number from every image. The
     linear depth probe uses all."""
     folds: int = 5

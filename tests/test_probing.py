@@ -1,0 +1,628 @@
+"""Probes of frozen features: the mathematics against independent solutions, and the whole on tiny scenes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_cases import SWIN_DEPTHS, tiny_backbone, tiny_image
+from dense_sets import CLASSES, write_ade20k, write_kitti, write_own_depth, write_own_labels, write_scenes
+from torch import Tensor
+
+from sgmim_fast.cli import main
+from sgmim_fast.config import ModelConfig
+from sgmim_fast.data.dense.evaluation import EvaluationSample, evaluation_samples
+from sgmim_fast.errors import UserError
+from sgmim_fast.models.backbone import Backbone
+from sgmim_fast.models.sgmim import SGMIM
+from sgmim_fast.probing.data import ProbeSplits, open_splits
+from sgmim_fast.probing.features import BackboneFeatures, Features, RowColour
+from sgmim_fast.probing.grid import cell_means, cell_sums, onto_grid, to_pixels, tokens_of
+from sgmim_fast.probing.logistic import Logistic, choose_logistic
+from sgmim_fast.probing.neighbours import Neighbours
+from sgmim_fast.probing.probes import CONSTANT, GRID_TARGET, ProbeReport, run_probes
+from sgmim_fast.probing.ridge import STRENGTHS, Linear, Moments, Ridge, choose_ridge
+from sgmim_fast.probing.settings import ProbeSettings
+from sgmim_fast.probing.targets import ClassTarget, DepthTarget, best_on_grid
+from sgmim_fast.weights import save_weights
+
+SMALL = ProbeSettings(train_images=8, val_images=2, tokens=256, neighbours=5)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sample_of(image: Tensor, target: Tensor) -> EvaluationSample:
+    return EvaluationSample(image, target, "one", (target.shape[0], target.shape[1]), 0)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 scenes to fit on, 2 to score on."""
+    return write_scenes(tmp_path_factory.mktemp("probing") / "scenes", count=20)
+
+
+@pytest.fixture(scope="module")
+def depth(scenes: Path) -> ProbeSplits:
+    return open_splits("depth", "scenes", str(scenes))
+
+
+@pytest.fixture(scope="module")
+def labels(scenes: Path) -> ProbeSplits:
+    return open_splits("segmentation", "scenes", str(scenes))
+
+
+# -- the grid
+
+
+@pytest.mark.parametrize("size", [(16, 24), (13, 22)])
+def test_cells_are_what_slices_give(size: tuple[int, int]) -> None:
+    values = random(2, *size)
+    for row, top in enumerate(range(0, size[0], 8)):
+        for column, left in enumerate(range(0, size[1], 8)):
+            cell = values[:, top : top + 8, left : left + 8].flatten(1)
+            torch.testing.assert_close(cell_sums(values, 8)[:, row, column], cell.sum(1))
+            torch.testing.assert_close(cell_means(values, 8)[:, row, column], cell.mean(1))
+
+
+def test_upsampling_keeps_a_plane_where_cells_have_neighbours() -> None:
+    """Values at the cells' centres of a plane, in an image whose last cells are cut, give the plane back."""
+    height, width = 29, 38
+    rows, columns = torch.arange(4) * 8 + 3.5, torch.arange(5) * 8 + 3.5
+    plane = 2 * rows[:, None] + 3 * columns
+    found = to_pixels(plane[None], 8, (height, width), (height, width))
+    assert found.shape == (1, height, width)
+    expected = 2 * torch.arange(height)[:, None] + 3.0 * torch.arange(width)
+    torch.testing.assert_close(found[0, 4:28, 4:36], expected[4:28, 4:36])
+
+
+def test_predictions_go_on_to_the_size_of_the_target() -> None:
+    found = to_pixels(random(3, 2, 3), 8, (13, 22), (26, 44))
+    whole = to_pixels(random(3, 2, 3), 8, (13, 22), (13, 22))
+    torch.testing.assert_close(found, F.interpolate(whole[None], size=(26, 44), mode="bilinear")[0])
+
+
+def test_maps_of_other_strides_come_onto_the_grid() -> None:
+    fine = random(2, 4, 6)
+    torch.testing.assert_close(onto_grid(fine, 4, 8), F.avg_pool2d(fine[None], 2)[0])
+    coarse = random(2, 2, 3)
+    torch.testing.assert_close(onto_grid(coarse, 16, 8), F.interpolate(coarse[None], size=(4, 6), mode="bilinear")[0])
+    assert onto_grid(coarse, 8, 8) is not None
+    with pytest.raises(UserError, match="do not divide"):
+        onto_grid(coarse, 16, 12)
+
+
+# -- targets
+
+
+def test_depth_target_is_the_mean_logarithm_of_valid_pixels() -> None:
+    depth = random(13, 22).exp()
+    depth[:8, :8] = 0
+    depth[0, 10] = 50.0  # too far
+    target = DepthTarget(0.001, 40.0, "none")
+    cells = target.cells(sample_of(random(3, 13, 22), depth), 8)
+    assert cells.values[0, 0, 0] == 0
+    assert cells.weight.tolist() == [[0, 63, 48], [40, 40, 30]]
+    part = depth[:8, 8:16]
+    torch.testing.assert_close(cells.values[0, 0, 1], part[part < 40].log().mean())
+
+
+def test_class_target_is_the_share_of_labelled_pixels() -> None:
+    label = torch.randint(0, 3, (13, 22), generator=torch.Generator().manual_seed(0))
+    label[:8, :8] = 255
+    label[8, 0] = 255
+    cells = ClassTarget(3).cells(sample_of(random(3, 13, 22), label), 8)
+    assert cells.weight.tolist() == [[0, 64, 48], [39, 40, 30]]
+    assert cells.values[:, 0, 0].tolist() == [0, 0, 0]
+    for number in range(3):
+        torch.testing.assert_close(cells.values[number, 0, 1], (label[:8, 8:16] == number).float().mean())
+    resized = ClassTarget(3).cells(sample_of(random(3, 26, 44), label), 16)  # the same cells in an image twice as large
+    torch.testing.assert_close(resized.values, cells.values)
+    torch.testing.assert_close(resized.weight, cells.weight * 4)
+
+
+def test_grid_target_ignores_cells_without_a_target() -> None:
+    depth = torch.full((16, 24), 5.0)
+    depth[:8, :8] = 0
+    target = DepthTarget(0.001, 30.0, "none")
+    cells = target.cells(sample_of(random(3, 16, 24), depth), 8)
+    found = best_on_grid(cells, 8, (16, 24), (16, 24)).exp()[0]
+    torch.testing.assert_close(found[depth > 0], depth[depth > 0])
+
+
+# -- ridge
+
+
+def weighted(tokens: int = 60, channels: int = 7, targets: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    x = random(tokens, channels) @ random(channels, channels, seed=1) + 100 * random(channels, seed=2)
+    y = x @ random(channels, targets, seed=3) + random(tokens, targets, seed=4) + 5
+    return x, y, torch.arange(tokens) % 5  # some have no weight
+
+
+def moments_of(x: Tensor, y: Tensor, weight: Tensor, shift: Tensor | None = None) -> Moments:
+    found = Moments(x.mean(0) if shift is None else shift, y.shape[1])
+    found.update(x, y, weight)
+    return found
+
+
+@pytest.mark.parametrize("strength", [1e-4, 0.3, 20.0])
+def test_ridge_equals_the_normal_equations(strength: float) -> None:
+    """Solved by numpy with the constant term as a column of its own that the penalty leaves out."""
+    x, y, weight = weighted()
+    layer = Ridge(moments_of(x, y, weight)).solve(strength)
+    a, b, w = (value.double().numpy() for value in (x, y, weight))
+    mean = np.average(a, axis=0, weights=w)
+    scaled = (a - mean) / np.sqrt(np.average((a - mean) ** 2, axis=0, weights=w))
+    design = np.hstack([scaled, np.ones((len(a), 1))])
+    penalty = strength * w.sum() * np.diag([1.0] * a.shape[1] + [0.0])
+    solution = np.linalg.solve(design.T @ (w[:, None] * design) + penalty, design.T @ (w[:, None] * b))
+    np.testing.assert_allclose(layer.predict(x).numpy(), design @ solution, rtol=1e-9)
+
+
+def test_weights_are_repetitions() -> None:
+    x, y, weight = weighted()
+    many = [value.repeat_interleave(weight, 0) for value in (x, y)]
+    one = Ridge(moments_of(x, y, weight)).solve(0.1)
+    other = Ridge(moments_of(*many, torch.ones(len(many[0])))).solve(0.1)
+    torch.testing.assert_close(one.weight, other.weight, rtol=1e-8, atol=1e-10)
+
+
+def test_moments_of_parts_add_up_and_tell_the_error() -> None:
+    x, y, weight = weighted()
+    whole = moments_of(x, y, weight)
+    first, second = (moments_of(x[part], y[part], weight[part], x.mean(0)) for part in (slice(25), slice(25, 60)))
+    for combined in (first + second, whole + second - second):
+        for name in ("weight", "x", "y", "xx", "xy", "yy"):
+            torch.testing.assert_close(getattr(combined, name), getattr(whole, name), rtol=1e-12, atol=1e-7)
+    layer = Linear(random(7, 2, seed=9).double(), random(2, seed=8).double())
+    direct = (weight[:, None] * (layer.predict(x) - y.double()).square()).sum()
+    assert whole.error(layer) == pytest.approx(float(direct), rel=1e-9)
+
+
+def test_constant_channels_change_nothing() -> None:
+    x, y, weight = weighted()
+    wider = torch.cat([x, torch.full((len(x), 1), 7.3)], 1)
+    plain = Ridge(moments_of(x, y, weight)).solve(0.1)
+    found = Ridge(moments_of(wider, y, weight)).solve(0.1)
+    assert found.weight[7].abs().max() == 0
+    torch.testing.assert_close(found.predict(wider), plain.predict(x))
+
+
+def test_ridge_strength_is_the_best_of_held_out_folds() -> None:
+    x, y = random(40, 30), random(40, 1, seed=5)
+    y = y + x[:, :1]
+    parts = [slice(start, start + 8) for start in range(0, 40, 8)]
+    chosen = choose_ridge([moments_of(x[part], y[part], torch.ones(8), x.mean(0)) for part in parts])
+    errors = []
+    for strength in STRENGTHS:
+        error = 0.0
+        for part in parts:
+            rest = torch.ones(40, dtype=torch.bool)
+            rest[part] = False
+            layer = Ridge(moments_of(x[rest], y[rest], torch.ones(32))).solve(strength)
+            error += float((layer.predict(x[part]) - y[part]).square().sum())
+        errors.append(error)
+    assert chosen.strength == STRENGTHS[int(np.argmin(errors))]
+    assert chosen.strength not in (STRENGTHS[0], STRENGTHS[-1])
+    assert chosen.error == pytest.approx(min(errors) / 40)
+
+
+# -- logistic regression
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1e-2, 1.0])
+def test_logistic_regression_is_at_the_minimum(strength: float) -> None:
+    """The objective is written anew, pixel by pixel, and its gradient left to autograd."""
+    tokens, classes = 50, 4
+    x = random(tokens, 6) @ random(6, 6, seed=1) + 10
+    counts = torch.randint(0, 5, (tokens, classes), generator=torch.Generator().manual_seed(2))
+    counts[:, 0] += 1
+    weight = counts.sum(1)
+    layer = Logistic(x, counts / weight[:, None]).solve(strength, weight)
+    token, label = (
+        torch.tensor(column)
+        for column in zip(
+            *[(t, c) for t in range(tokens) for c in range(classes) for _ in range(int(counts[t, c]))], strict=True
+        )
+    )
+    parameters = [layer.weight.clone().requires_grad_(), layer.bias.clone().requires_grad_()]
+    deviation = x.double().std(0, correction=0)[:, None]
+    logits = x.double()[token] @ parameters[0] + parameters[1]
+    loss = F.cross_entropy(logits, label) + strength / 2 * (parameters[0] * deviation).square().sum()
+    gradients = torch.autograd.grad(loss, parameters)
+    # The features' mean of about 10 is the lever that the constant term's rounding acts with.
+    assert max(float(gradient.abs().max()) for gradient in gradients) < 1e-4
+    better = loss.detach().clone()
+    for _ in range(3):  # convex: no small step may win anything worth the name
+        moved = [value.detach() + 1e-3 * random(*value.shape, seed=7).double() for value in parameters]
+        other = F.cross_entropy(x.double()[token] @ moved[0] + moved[1], label)
+        assert other + strength / 2 * (moved[0] * deviation).square().sum() >= better - 1e-9
+
+
+def test_logistic_regression_does_not_depend_on_where_it_begins() -> None:
+    x, shares = random(40, 5), random(40, 3, seed=1).softmax(1)
+    fits = Logistic(x, shares)
+    weight = torch.arange(40) % 3
+    one = fits.solve(1e-3, weight)
+    other = fits.solve(1e-3, weight, Linear(random(5, 3, seed=2).double(), random(3, seed=3).double()))
+    torch.testing.assert_close(one.predict(x).softmax(1), other.predict(x).softmax(1), rtol=0, atol=1e-4)
+    direct = -(weight[:, None] * shares * one.predict(x).log_softmax(1)).sum()
+    assert fits.entropy(one, weight) == pytest.approx(float(direct))
+
+
+def test_logistic_regression_of_separable_and_of_constant_features() -> None:
+    label = torch.arange(30) % 3
+    x = torch.cat([3 * F.one_hot(label, 3) + 0.1 * random(30, 3), random(30, 60, seed=4), torch.ones(30, 1)], 1)
+    chosen = choose_logistic(x, F.one_hot(label, 3), torch.ones(30), torch.arange(30) // 3 % 5)
+    assert chosen.layer.predict(x).argmax(1).equal(label)
+    assert chosen.layer.weight[-1].abs().max() == 0
+    assert chosen.entropy < 0.7  # log 3 is what knowing nothing costs, and there are 60 channels of noise
+
+
+# -- nearest neighbours
+
+
+def test_neighbours_equal_a_loop() -> None:
+    known, targets, asked = random(50, 6) + 4, random(50, 3, seed=1), random(11, 6, seed=2) + 4
+    found = Neighbours(known, targets, 5, 0.07).predict(asked)
+    a, t, q = (value.double().numpy() for value in (known, targets, asked))
+    mean, deviation = a.mean(0), a.std(0)
+    for number, token in enumerate(q):
+        one = (token - mean) / deviation
+        similar = []
+        for other in a:
+            two = (other - mean) / deviation
+            similar.append(one @ two / np.linalg.norm(one) / np.linalg.norm(two))
+        nearest = sorted(range(50), key=lambda place: -similar[place])[:5]
+        votes = np.exp(np.array([similar[place] for place in nearest]) / 0.07)
+        expected = (votes[:, None] * t[nearest]).sum(0) / votes.sum()
+        np.testing.assert_allclose(found[number].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_neighbours_do_not_depend_on_the_size_of_products() -> None:
+    known, targets, asked = random(50, 6), random(50, 3, seed=1), random(11, 6, seed=2)
+    whole = Neighbours(known, targets, 5, 0.07).predict(asked)
+    parts = Neighbours(known, targets, 5, 0.07, at_once=3).predict(asked)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    few = Neighbours(known[:3], targets[:3], 5, 1e6).predict(asked)  # fewer than k, all with the same vote
+    torch.testing.assert_close(few, targets[:3].double().mean(0).expand(11, 3), rtol=1e-5, atol=1e-5)
+
+
+# -- features
+
+
+@pytest.mark.parametrize("size", [(64, 96), (50, 70)])
+def test_backbone_features_are_its_maps_side_by_side(size: tuple[int, int]) -> None:
+    backbone = tiny_backbone("swin", norm="last")
+    image = tiny_image(size=size, batch=1)[0]
+    found = BackboneFeatures(backbone)(image)
+    rows, columns = -(-size[0] // 8), -(-size[1] // 8)
+    assert found.shape == (8 + 16 + 32 + 64, rows, columns)
+    with torch.no_grad():
+        maps = [grid[0] for grid in backbone.eval()(image[None])]
+    torch.testing.assert_close(found[8:24], maps[1])
+    torch.testing.assert_close(found[24:56], onto_grid(maps[2], 16, 8)[:, :rows, :columns])
+    assert BackboneFeatures(backbone, maps=[1])(image).equal(maps[1])
+    coarse = BackboneFeatures(backbone, maps=[2, 3])
+    assert (coarse.stride, coarse.channels) == (16, 96)
+    assert coarse(image)[:32].equal(maps[2])
+
+
+def test_vit_features_lie_on_its_own_grid() -> None:
+    extractor = BackboneFeatures(tiny_backbone("vit", pyramid=False, norm="last"))
+    assert extractor(tiny_image(size=(64, 80), batch=1)[0]).shape == (32, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("build", "complaint"),
+    [
+        (lambda: BackboneFeatures(tiny_backbone("vit")), "pyramid=False"),
+        (lambda: BackboneFeatures(tiny_backbone("swin"), maps=[4]), "maps 4 must be among 0 to 3"),
+        (lambda: BackboneFeatures(tiny_backbone("swin"), maps=[1, 0]), "ascending"),
+        (lambda: BackboneFeatures(tiny_backbone("swin"), stride=12), "stride 12 must divide"),
+        (lambda: RowColour(0), "stride 0"),
+        (lambda: Features(RowColour(), dtype=torch.float64), "float32 or float16"),
+    ],
+)
+def test_features_that_cannot_be(build: Callable[[], object], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        build()
+
+
+def test_row_colour_says_where_and_which_colour() -> None:
+    image = random(3, 20, 24)
+    found = RowColour(8)(image)
+    assert found.shape == (5, 3, 3)
+    assert found[0, :, 0].tolist() == pytest.approx([4 / 20, 12 / 20, 18 / 20])
+    assert found[1, 0].tolist() == pytest.approx([4 / 24, 12 / 24, 20 / 24])
+    torch.testing.assert_close(found[2:, 2, 1], image[:, 16:, 8:16].flatten(1).mean(1))
+
+
+def test_kept_features_are_those_that_would_be_computed() -> None:
+    images = {str(number): random(3, 16, 16, seed=number) for number in range(3)}
+    for dtype in (torch.float32, torch.float16):
+        size = 5 * 4 * dtype.itemsize
+        roomy, narrow = (Features(RowColour(8), budget=count * size, dtype=dtype) for count in (3, 1))
+        for _ in range(2):
+            for name, image in images.items():
+                assert roomy.of(name, image).equal(narrow.of(name, image))
+                assert roomy.of(name, image).dtype == torch.float32
+        assert (roomy.computed, roomy.kept) == (3, 3 * size)
+        assert narrow.kept == size
+        assert narrow.computed == 1 + 2 * 2
+    other = roomy.of("0", random(3, 16, 24))
+    assert other.shape == (5, 2, 3)
+    with pytest.raises(UserError, match="late: its features are not finite; float16 may be too narrow"):
+        roomy.of("late", 1e6 * random(3, 16, 16))
+
+
+# -- the whole
+
+
+class Told:
+    """Features in which the truth is hidden linearly, or not at all."""
+
+    stride = 8
+
+    def __init__(self, splits: ProbeSplits, knows: bool) -> None:
+        self.channels = splits.target.size + 4
+        self._known: dict[float, Tensor] = {}
+        for samples in (splits.train, splits.val):
+            for sample in evaluation_samples(samples, range(len(samples))):
+                values = splits.target.cells(sample, 8).values if knows else random(splits.target.size, 8, 8)
+                mix = random(self.channels, splits.target.size, seed=5)
+                noise = random(self.channels, 8, 8, seed=len(self._known))
+                hidden = torch.einsum("ct,thw->chw", mix, values) + (1e-3 if knows else 1.0) * noise
+                self._known[float(sample.image.sum())] = hidden
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self._known[float(image.sum())]
+
+    def describe(self) -> str:
+        return "told"
+
+
+ALL = replace(SMALL, train_images=18, tokens=18 * 64)
+
+
+def test_depth_that_is_in_the_features_is_found(depth: ProbeSplits) -> None:
+    report = run_probes(Features(Told(depth, True)), depth, ["depth", "knn-depth"], ALL)
+    best, constant = report[GRID_TARGET].figures, report[CONSTANT].figures
+    assert best["abs_rel"] < 0.4 * constant["abs_rel"]  # else this test says little
+    for name in ("abs_rel", "rmse_log", "d1"):
+        assert report["depth"].figures[name] == pytest.approx(best[name], abs=0.02)
+    assert report["knn-depth"].figures["abs_rel"] < (best["abs_rel"] + constant["abs_rel"]) / 2
+    assert report["depth"].chosen["held_out_squared_error"] < 1e-3
+    blind = run_probes(Features(Told(depth, False)), depth, ["depth", "knn-depth"], ALL)
+    assert blind["depth"].figures["abs_rel"] == pytest.approx(constant["abs_rel"], rel=0.1)
+    assert blind["knn-depth"].figures["rmse_log"] > 0.9 * constant["rmse_log"]
+
+
+def test_classes_that_are_in_the_features_are_found(labels: ProbeSplits) -> None:
+    probes = ("segmentation", "knn-segmentation")
+    report = run_probes(Features(Told(labels, True)), labels, probes, ALL)
+    best, constant = report[GRID_TARGET].figures, report[CONSTANT].figures
+    assert best["aAcc"] > 0.9 > constant["aAcc"] + 0.2
+    assert report["segmentation"].figures["aAcc"] > best["aAcc"] - 0.05
+    assert report["knn-segmentation"].figures["aAcc"] > best["aAcc"] - 0.1
+    blind = run_probes(Features(Told(labels, False)), labels, probes, ALL)
+    assert blind["segmentation"].figures["aAcc"] == pytest.approx(constant["aAcc"], abs=0.03)
+    assert blind["knn-segmentation"].figures["mIoU"] < 0.6 * report["knn-segmentation"].figures["mIoU"]
+
+
+def figures(report: ProbeReport) -> dict[str, object]:
+    return {result.probe: (result.figures, result.chosen) for result in report.results}
+
+
+def test_probes_are_deterministic_and_change_nothing(depth: ProbeSplits, labels: ProbeSplits) -> None:
+    backbone = tiny_backbone("swin", norm="last")
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    shared = Features(BackboneFeatures(backbone))
+    for splits, probes in ((depth, ("depth", "knn-depth")), (labels, ("segmentation", "knn-segmentation"))):
+        once = run_probes(shared, splits, probes, SMALL)  # type: ignore[arg-type]
+        torch.manual_seed(99)
+        forgetful = Features(BackboneFeatures(backbone), budget=0)
+        again = run_probes(forgetful, splits, probes, SMALL)  # type: ignore[arg-type]
+        assert figures(once) == figures(again)
+        assert (once.train_images, once.val_images, once.train_sha256) == (8, 2, again.train_sha256)
+        other = run_probes(shared, splits, probes, replace(SMALL, seed=1))  # type: ignore[arg-type]
+        assert other.train_sha256 != once.train_sha256
+    # 2 images to score on, and 8 of two seeds that overlap, are all that the shared features were computed of
+    assert shared.computed <= 2 + 8 + 8
+    assert all(value.equal(before[name]) for name, value in backbone.state_dict().items())
+    assert not backbone.training
+
+
+def test_more_images_add_to_fewer(depth: ProbeSplits) -> None:
+    few, _ = depth.chosen(SMALL)
+    more, val = depth.chosen(replace(SMALL, train_images=12))
+    assert more[:8] == few
+    assert len(set(more)) == 12
+    assert val == [0, 1]
+
+
+def test_tokens_are_drawn_evenly(depth: ProbeSplits) -> None:
+    report = run_probes(Features(RowColour()), depth, ["knn-depth"], replace(SMALL, tokens=20))
+    assert report.kept_tokens == 20
+    assert 20 < report.train_tokens <= 8 * 64
+
+
+def test_images_larger_than_their_labels_are_scored_at_the_labels_size(tmp_path: Path) -> None:
+    """ADE20K's images are resized; its label maps are not."""
+    splits = open_splits("segmentation", "ade20k", str(write_ade20k(tmp_path, size=(24, 32))), classes=CLASSES)
+    settings = ProbeSettings(train_images=4, val_images=2, tokens=400)
+    sample = next(evaluation_samples(splits.val, [0]))
+    assert sample.image.shape[1:] != sample.target.shape
+    report = run_probes(Features(RowColour(64)), splits, ["segmentation"], settings)
+    assert report["segmentation"].figures["aAcc"] > 0.8  # stripes, which the column tells
+
+
+def test_sparse_depth_of_another_data_set(tmp_path: Path) -> None:
+    splits = open_splits("depth", "kitti", str(write_kitti(tmp_path, train=3, val=1)))
+    report = run_probes(
+        Features(RowColour(32)),
+        splits,
+        ["depth", "knn-depth"],
+        replace(SMALL, train_images=3, val_images=1, tokens=999),
+    )
+    assert report["depth"].figures["d1"] > report[CONSTANT].figures["d1"] + 0.3  # a ramp along the columns
+    assert report[GRID_TARGET].figures["d1"] > 0.99
+
+
+def test_targets_in_too_few_images(tmp_path: Path) -> None:
+    root = write_own_depth(tmp_path)
+    splits = open_splits("depth", "folder", str(root), max_depth=80.0)
+    near = replace(splits, target=DepthTarget(70.0, 80.0, "none"))
+    with pytest.raises(UserError, match="0 of 4 training images has a pixel with a target"):
+        run_probes(Features(RowColour()), near, ["depth"], ProbeSettings(train_images=4, val_images=1))
+    with pytest.raises(UserError, match="probe segmentation does not go with"):
+        run_probes(Features(RowColour()), splits, ["segmentation"], SMALL)
+
+
+@pytest.mark.parametrize(
+    ("field", "complaint"),
+    [
+        ({"train_images": 1}, "train_images 1 must be 2"),
+        ({"tokens": 100}, "tokens 100 must be 200"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"neighbours": 0}, "neighbours"),
+    ],
+)
+def test_settings_that_make_no_sense(field: dict[str, int], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        ProbeSettings(**field)  # type: ignore[arg-type]
+
+
+# -- the command
+
+QUICK = ("--train-images", "6", "--val-images", "2", "--tokens", "120")
+
+
+def weights_file(path: Path) -> Path:
+    torch.manual_seed(5)
+    shape = {"embed_dim": 16, "depths": SWIN_DEPTHS, "num_heads": (1, 2, 4, 8), "window_size": 2}
+    return save_weights(SGMIM(ModelConfig(image_size=64, **shape)), path)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a pre-training run leaves, as far as the command reads it."""
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint = folder / "checkpoints" / "step_000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    (checkpoint.parent / "latest").write_text("step_000003\n")
+    weights_file(checkpoint / "model.safetensors")
+    return folder
+
+
+def probe(*words: object) -> None:
+    main(["probe", *map(str, words)])
+
+
+def test_command_probes_a_run(scenes: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--data", scenes, "--dataset", "scenes", *QUICK)
+    probe(run, *common, "--output", tmp_path / "run.json")
+    printed = capsys.readouterr().out
+    for line in ("knn-segmentation", "grid target", "6 images fitted on", "2 scored", "mIoU"):
+        assert line in printed
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["weights"].endswith("step_000003/model.safetensors")
+    assert (found["stride"], found["channels"]) == (8, 16 * 15)
+    assert found["reports"]["depth"]["target"] == {"min_depth": 0.001, "max_depth": 30.0, "crop": "none"}
+    names = [result["probe"] for result in found["reports"]["segmentation"]["results"]]
+    assert names == ["segmentation", "knn-segmentation", CONSTANT, GRID_TARGET]
+    # The file, named itself, says the same; other weights say something else on the same images.
+    file = run / "checkpoints" / "step_000003" / "model.safetensors"
+    probe(file, *common, "--tasks", "depth", "--output", tmp_path / "file.json")
+    probe("random", "--like", run, *common, "--seed", 0, "--tasks", "depth", "--output", tmp_path / "random.json")
+    probe("row-colour", *common, "--tasks", "depth", "--output", tmp_path / "rows.json")
+    of = {
+        name: json.loads((tmp_path / f"{name}.json").read_text())["reports"]["depth"]
+        for name in ("run", "file", "random", "rows")
+    }
+    assert of["file"]["results"][0]["figures"] == of["run"]["results"][0]["figures"]
+    assert len({report["results"][0]["figures"]["rmse"] for report in of.values()}) == 3
+    assert len({report["train_sha256"] + report["val_sha256"] for report in of.values()}) == 1
+    assert len({report["results"][-1]["figures"]["rmse"] for report in of.values()}) == 1
+
+
+def test_random_weights_are_those_of_the_seed(run: Path, scenes: Path, tmp_path: Path) -> None:
+    rmse = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(rmse))
+        output = tmp_path / "found.json"
+        common = ("--data", scenes, "--dataset", "scenes", *QUICK, "--tasks", "depth", "--maps", 0, "--output", output)
+        probe("random", "--like", run, *common, "--seed", seed)
+        rmse.append(json.loads(output.read_text())["reports"]["depth"]["results"][0]["figures"]["rmse"])
+    assert rmse[0] == rmse[1] != rmse[2]
+
+
+def test_command_takes_folders_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_own_labels(tmp_path)
+    common = ("row-colour", "--data", root, "--dataset", "folder", *QUICK, "--val-images", 1)
+    probe(*common, "--tasks", "segmentation", "--classes", CLASSES)
+    assert "segmentation: 6 images fitted on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("row-colour", "--dataset", "scenes", "--train-images", 50), "--train-images 50 is more than there are"),
+        (("row-colour", "--dataset", "nyu", "--tasks", "segmentation"), "--tasks segmentation cannot be with"),
+        (("row-colour", "--dataset", "folder"), "--tasks is not set"),
+        (("row-colour", "--dataset", "folder", "--tasks", "segmentation"), "--classes is not set"),
+        (("row-colour", "--dataset", "scenes", "--name", "swin_base"), "--name means nothing"),
+        (("row-colour", "--dataset", "scenes", "--like", "x"), '--like is for "random" alone'),
+        (("row-colour", "--dataset", "scenes", "--cache-gib", "-1"), "--cache-gib -1.0 must be"),
+        (("row-colour", "--dataset", "scenes", "--output", "nowhere/x.json"), "nowhere is not a folder"),
+        (("row-colour", "--dataset", "scenes", "--classes", 3), "has 8 classes"),
+        (("random", "--dataset", "scenes"), "either --name swin_base or --like RUN"),
+        (("random", "--dataset", "scenes", "--name", "swin_tiny"), "'swin_tiny' is unknown"),
+        (("nowhere.safetensors", "--dataset", "scenes"), "nowhere.safetensors: cannot be read"),
+        (("{scenes}", "--dataset", "scenes"), "holds no checkpoint"),
+        (("{run}", "--dataset", "scenes", "--maps", 7), "maps 7 must be among 0 to 3"),
+        (("{run}", "--dataset", "scenes", "--device", "gpu"), "--device gpu cannot be used"),
+        (("{run}", "--dataset", "kitti"), "holds none of eigen_train"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: tuple[object, ...], complaint: str, scenes: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(word).format(scenes=scenes, run=run) for word in words]
+    with pytest.raises(SystemExit) as stop:
+        probe(*given, "--data", scenes, *(() if "--train-images" in words else QUICK))
+    assert stop.value.code == 2
+    found = capsys.readouterr().err.strip()
+    assert complaint in found
+    assert found.count("\n") == 0
+
+
+def test_fine_tuned_model_is_refused(tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sgmim_fast.config import DepthConfig
+    from sgmim_fast.tasks.finetuned import save_finetuned
+
+    backbone: Backbone = tiny_backbone("swin")
+    file = tmp_path / "model.safetensors"
+    save_finetuned(backbone.state_dict(), file, backbone.config, DepthConfig(), {})
+    with pytest.raises(SystemExit):
+        probe(file, "--data", scenes, "--dataset", "scenes", *QUICK)
+    assert "holds a fine-tuned model" in capsys.readouterr().err
+
+
+def test_probing_loads_no_deepspeed() -> None:
+    code = "import sys, sgmim_fast.probing.probes, sgmim_fast.commands.probing; print('deepspeed' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_tokens_follow_the_rows_of_a_grid() -> None:
+    grid = random(2, 3, 4)
+    assert tokens_of(grid)[5].equal(grid[:, 1, 1])
