@@ -84,6 +84,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--stride", type=int, help="pixels a token side (default: 8, or that of the finest map if it is coarser)"
     )
     grid.add_argument(
+        "--add-place",
+        action="store_true",
+        help="add a token's row and column to its features: what maps tell beside it",
+    )
+    grid.add_argument(
         "--tokens",
         type=int,
         default=16_384,
@@ -209,13 +214,14 @@ def _open_features(arguments: argparse.Namespace) -> "tuple[Features, str, Any]"
     if arguments.like is not None and arguments.weights != RANDOM:
         raise UserError(f'--like is for "{RANDOM}" alone; leave it out')
     if arguments.weights == ROW_COLOUR:
-        for option in ("maps", "name"):
-            if getattr(arguments, option) is not None:
-                raise UserError(f'--{option} means nothing for "{ROW_COLOUR}", which has no encoder; leave it out')
+        for option in ("maps", "name", "add_place"):
+            if getattr(arguments, option) not in (None, False):
+                said = option.replace("_", "-")
+                raise UserError(f'--{said} means nothing for "{ROW_COLOUR}", which has no encoder; leave it out')
         return Features(RowColour(arguments.stride), **keeping), ROW_COLOUR, torch.device("cpu")
     device = open_device(arguments.device)
     backbone, origin = _open_backbone(arguments)
-    extractor = BackboneFeatures(backbone.to(device), arguments.maps, arguments.stride)
+    extractor = BackboneFeatures(backbone.to(device), arguments.maps, arguments.stride, place=arguments.add_place)
     return Features(extractor, **keeping), origin, device
 
 

@@ -40,12 +40,21 @@ class BackboneFeatures:
         maps: positions among its maps, ascending; None for all.
         stride: pixels a token side: coarser maps are upsampled bilinearly, finer ones averaged. None for ``GRID``, or
             the finest of the maps if that is coarser.
+        place: add row and column of the token's centre as shares of the image's height and width, for encoders that
+            know no place of their own, as Swin.
 
     Raises:
         UserError: for maps that are not there, a stride that does not fit, or a pyramid.
     """
 
-    def __init__(self, backbone: Backbone, maps: Sequence[int] | None = None, stride: int | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        maps: Sequence[int] | None = None,
+        stride: int | None = None,
+        *,
+        place: bool = False,
+    ) -> None:
         if backbone.config.has_pyramid:
             raise UserError(
                 "the backbone has a pyramid, whose layers are not pre-trained; create it with pyramid=False to probe it"
@@ -63,8 +72,8 @@ class BackboneFeatures:
                 f"stride {self.stride} must divide, or be a multiple of, each of the maps' own, "
                 f"{' '.join(map(str, strides))}"
             )
-        self.backbone = backbone.eval()
-        self.channels = sum(backbone.channels[number] for number in self.maps)
+        self.backbone, self.place = backbone.eval(), place
+        self.channels = sum(backbone.channels[number] for number in self.maps) + 2 * place
 
     def __call__(self, image: Tensor) -> Tensor:
         weight = next(self.backbone.parameters())
@@ -75,12 +84,14 @@ class BackboneFeatures:
                 onto_grid(found[number][0].float(), self.backbone.strides[number], self.stride)[:, :rows, :columns]
                 for number in self.maps
             ]
-            return torch.cat(brought).cpu()
+            joined = torch.cat(brought).cpu()
+        return torch.cat([joined, places(image, self.stride)]) if self.place else joined
 
     def describe(self) -> str:
         strides = " ".join(str(self.backbone.strides[number]) for number in self.maps)
+        place = " and place" if self.place else ""
         return (
-            f"{self.backbone.config.encoder}, maps of stride {strides}: {self.channels} channels a token of "
+            f"{self.backbone.config.encoder}, maps of stride {strides}{place}: {self.channels} channels a token of "
             f"{self.stride} pixels"
         )
 
@@ -99,17 +110,20 @@ class RowColour:
             raise UserError(f"stride {self.stride} must be 1 or more")
 
     def __call__(self, image: Tensor) -> Tensor:
-        colour = cell_means(image, self.stride)
-        shares = []
-        for cells, side in zip(colour.shape[-2:], image.shape[-2:], strict=True):
-            first = torch.arange(cells) * self.stride
-            last = (first + self.stride).clamp(max=side)
-            shares.append((first + last) / (2 * side))
-        row, column = torch.meshgrid(*shares, indexing="ij")
-        return torch.cat([row[None], column[None], colour])
+        return torch.cat([places(image, self.stride), cell_means(image, self.stride)])
 
     def describe(self) -> str:
         return f"row, column and mean colour of a token of {self.stride} pixels"
+
+
+def places(image: Tensor, stride: int) -> Tensor:
+    """(2, ceil(H / stride), ceil(W / stride)) float32: row and column of each cell's centre, shares of the sides."""
+    shares = []
+    for side in image.shape[-2:]:
+        first = torch.arange(-(-side // stride)) * stride
+        last = (first + stride).clamp(max=side)
+        shares.append((first + last) / (2 * side))
+    return torch.stack(torch.meshgrid(*shares, indexing="ij"))
 
 
 class Features:

@@ -1,9 +1,9 @@
 """Fitting probes on the features of some images, and scoring them on others.
 
-DINOv2 (arXiv 2304.07193) trains its linear depth and segmentation layers by AdamW, depth as a mean over 256 bins; what
-comes out depends on learning rate, schedule and batch. Here every probe is the one solution of a problem that has one:
-least squares of log depth in closed form, a convex classifier at its minimum, a search that is exact. So nothing is
-tuned but the strength of the penalty, on held-out training images, and two runs of the same weights agree.
+DINOv2 (arXiv 2304.07193) trains its linear depth and segmentation layers by gradient descent, depth as a mean of bins;
+what comes out depends on learning rate, schedule and batch. Here every probe is the one solution of a problem that has
+one: least squares of log depth in closed form, a convex classifier at its minimum, a search that is exact. So nothing
+is tuned but the strength of the penalty, on held-out training images, and two runs of the same weights agree.
 """
 
 import time
