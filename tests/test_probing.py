@@ -313,6 +313,9 @@ def test_backbone_features_are_its_maps_side_by_side(size: tuple[int, int]) -> N
     coarse = BackboneFeatures(backbone, maps=[2, 3])
     assert (coarse.stride, coarse.channels) == (16, 96)
     assert coarse(image)[:32].equal(maps[2])
+    placed = BackboneFeatures(backbone, maps=[1], place=True)
+    assert placed.channels == 18
+    assert placed(image).equal(torch.cat([maps[1], RowColour(8)(image)[:2]]))
 
 
 def test_vit_features_lie_on_its_own_grid() -> None:
@@ -580,6 +583,7 @@ def test_command_takes_folders_of_ones_own(tmp_path: Path, capsys: pytest.Captur
         (("row-colour", "--dataset", "folder"), "--tasks is not set"),
         (("row-colour", "--dataset", "folder", "--tasks", "segmentation"), "--classes is not set"),
         (("row-colour", "--dataset", "scenes", "--name", "swin_base"), "--name means nothing"),
+        (("row-colour", "--dataset", "scenes", "--add-place"), "--add-place means nothing"),
         (("row-colour", "--dataset", "scenes", "--like", "x"), '--like is for "random" alone'),
         (("row-colour", "--dataset", "scenes", "--cache-gib", "-1"), "--cache-gib -1.0 must be"),
         (("row-colour", "--dataset", "scenes", "--output", "nowhere/x.json"), "nowhere is not a folder"),

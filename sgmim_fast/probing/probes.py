@@ -55,7 +55,7 @@ class ProbeResult:
     chosen: dict[str, float] = field(default_factory=dict)
     """The strength of the penalty, and the held-out error that it was chosen by."""
     seconds: float = 0.0
-    """Of fitting and predicting, without the features."""
+    """Of solving, predicting and scoring, without the features and the pass over the training images."""
 
 
 @dataclass(frozen=True)
