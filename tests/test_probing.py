@@ -29,7 +29,7 @@ from sgmim_fast.probing.neighbours import Neighbours
 from sgmim_fast.probing.probes import CONSTANT, GRID_TARGET, ProbeReport, run_probes
 from sgmim_fast.probing.ridge import STRENGTHS, Linear, Moments, Ridge, choose_ridge
 from sgmim_fast.probing.settings import ProbeSettings
-from sgmim_fast.probing.targets import ClassTarget, DepthTarget, best_on_grid
+from sgmim_fast.probing.targets import Cells, ClassTarget, DepthTarget, best_on_grid
 from sgmim_fast.weights import save_weights
 
 SMALL = ProbeSettings(train_images=8, val_images=2, tokens=256, neighbours=5)
@@ -487,6 +487,28 @@ def test_targets_in_too_few_images(tmp_path: Path) -> None:
         run_probes(Features(RowColour()), near, ["depth"], ProbeSettings(train_images=4, val_images=1))
     with pytest.raises(UserError, match="probe segmentation does not go with"):
         run_probes(Features(RowColour()), splits, ["segmentation"], SMALL)
+
+
+class Here(DepthTarget):
+    """Depth that only some images have."""
+
+    def __init__(self, have: set[int]) -> None:
+        super().__init__(0.001, 30.0, "none")
+        self.have = have
+
+    def cells(self, sample: EvaluationSample, stride: int) -> Cells:
+        found = super().cells(sample, stride)
+        return found if sample.index in self.have else Cells(found.values * 0, found.weight * 0)
+
+
+def test_images_without_a_target_leave_no_fold_empty(depth: ProbeSplits) -> None:
+    """The first and the sixth of eight would share a fold of five if folds went by place."""
+    train, _ = depth.chosen(SMALL)
+    two = replace(depth, target=Here({train[0], train[5]}))
+    report = run_probes(Features(RowColour()), two, ["depth"], SMALL)
+    assert report["depth"].chosen["held_out_squared_error"] > 0
+    with pytest.raises(UserError, match="1 of 8 training images"):
+        run_probes(Features(RowColour()), replace(depth, target=Here({train[0]})), ["depth"], SMALL)
 
 
 @pytest.mark.parametrize(
