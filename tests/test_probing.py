@@ -15,12 +15,14 @@ from dense_cases import SWIN_DEPTHS, tiny_backbone, tiny_image
 from dense_sets import CLASSES, write_ade20k, write_kitti, write_own_depth, write_own_labels, write_scenes
 from torch import Tensor
 
+from sgmim_fast.backbones import create_backbone
 from sgmim_fast.cli import main
 from sgmim_fast.config import ModelConfig
 from sgmim_fast.data.dense.evaluation import EvaluationSample, evaluation_samples
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.backbone import Backbone
 from sgmim_fast.models.sgmim import SGMIM
+from sgmim_fast.probing import logistic
 from sgmim_fast.probing.data import ProbeSplits, open_splits
 from sgmim_fast.probing.features import BackboneFeatures, Features, RowColour
 from sgmim_fast.probing.grid import cell_means, cell_sums, onto_grid, to_pixels, tokens_of
@@ -212,6 +214,8 @@ def test_ridge_strength_is_the_best_of_held_out_folds() -> None:
     assert chosen.strength == STRENGTHS[int(np.argmin(errors))]
     assert chosen.strength not in (STRENGTHS[0], STRENGTHS[-1])
     assert chosen.error == pytest.approx(min(errors) / 40)
+    everything = Ridge(moments_of(x, y, torch.ones(40))).solve(chosen.strength)
+    torch.testing.assert_close(chosen.layer.weight, everything.weight)
 
 
 # -- logistic regression
@@ -255,6 +259,24 @@ def test_logistic_regression_does_not_depend_on_where_it_begins() -> None:
     torch.testing.assert_close(one.predict(x).softmax(1), other.predict(x).softmax(1), rtol=0, atol=1e-4)
     direct = -(weight[:, None] * shares * one.predict(x).log_softmax(1)).sum()
     assert fits.entropy(one, weight) == pytest.approx(float(direct))
+
+
+def test_strength_of_the_classifier_is_the_best_of_held_out_folds() -> None:
+    x = random(60, 20)
+    shares = F.one_hot((x[:, :3] + 2 * random(60, 3, seed=1)).argmax(1), 3)
+    weight, fold = torch.arange(60) % 4 + 1, torch.arange(60) % 5
+    chosen = choose_logistic(x, shares, weight, fold)
+    fits = Logistic(x, shares)
+    errors = {
+        strength: sum(
+            fits.entropy(fits.solve(strength, weight * (fold != part)), weight * (fold == part)) for part in range(5)
+        )
+        for strength in logistic.STRENGTHS
+    }
+    assert chosen.strength == min(errors, key=lambda strength: errors[strength])
+    assert chosen.strength not in (logistic.STRENGTHS[0], logistic.STRENGTHS[-1])
+    assert chosen.entropy == pytest.approx(errors[chosen.strength] / float(weight.sum()), rel=1e-3)
+    torch.testing.assert_close(chosen.layer.weight, fits.solve(chosen.strength, weight).weight)
 
 
 def test_logistic_regression_of_separable_and_of_constant_features() -> None:
@@ -564,8 +586,13 @@ def test_command_probes_a_run(scenes: Path, run: Path, tmp_path: Path, capsys: p
     assert found["reports"]["depth"]["target"] == {"min_depth": 0.001, "max_depth": 30.0, "crop": "none"}
     names = [result["probe"] for result in found["reports"]["segmentation"]["results"]]
     assert names == ["segmentation", "knn-segmentation", CONSTANT, GRID_TARGET]
-    # The file, named itself, says the same; other weights say something else on the same images.
+    # It is what Python's face says of the encoder with its own norm.
     file = run / "checkpoints" / "step_000003" / "model.safetensors"
+    features = Features(BackboneFeatures(create_backbone(weights=file, norm="last")))
+    settings = ProbeSettings(train_images=6, val_images=2, tokens=120)
+    report = run_probes(features, open_splits("depth", "scenes", str(scenes)), ["depth"], settings)
+    assert found["reports"]["depth"]["results"][0]["figures"] == report["depth"].figures
+    # The file, named itself, says the same; other weights say something else on the same images.
     probe(file, *common, "--tasks", "depth", "--output", tmp_path / "file.json")
     probe("random", "--like", run, *common, "--seed", 0, "--tasks", "depth", "--output", tmp_path / "random.json")
     probe("row-colour", *common, "--tasks", "depth", "--output", tmp_path / "rows.json")
