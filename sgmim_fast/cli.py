@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sgmim_fast.errors import UserError, one_line_errors
+from sgmim_fast.errors import one_line_errors
 
 DEMO_SCENES = Path("scenes/demo")
 DEMO_RUN = Path("runs/demo")
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "Fine-tune a backbone: sgmim finetune depth|segmentation (each with --help for its options).",
     )
 
-    from sgmim_fast.commands import evaluating, predicting, probing
+    from sgmim_fast.commands import evaluating, exporting, predicting, probing
 
     evaluating.add_options(command("evaluate", evaluating.run, evaluating.DESCRIPTION))
     predicting.add_options(command("predict", predicting.run, predicting.DESCRIPTION))
@@ -121,10 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, help="file to write (default: RUN/report.html)")
     report.add_argument("--samples", type=int, default=6, help="pairs in the gallery")
 
-    export = command("export", _export, "Save the newest checkpoint's weights as safetensors in another layout.")
-    export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    export.add_argument("--layout", choices=("sgmim", "simmim", "swin", "timm"), default="timm", help="key layout")
-    export.add_argument("--output", type=Path, help="file to write (default: RUN/backbone_LAYOUT.safetensors)")
+    exporting.add_options(command("export", exporting.run, exporting.DESCRIPTION))
 
     doctor = command("doctor", _doctor, "Say what this machine has, which choices run on it, and why others do not.")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
@@ -251,23 +248,6 @@ def _report(arguments: argparse.Namespace) -> None:
     from sgmim_fast.report import write_report
 
     print(f"wrote {write_report(arguments.run, arguments.output, samples=arguments.samples)}")
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from sgmim_fast.models.registry import create_model
-    from sgmim_fast.train.arguments import load_config
-    from sgmim_fast.train.programs import PRETRAIN
-    from sgmim_fast.train.run_folder import WEIGHTS, latest_checkpoint
-    from sgmim_fast.weights import load_weights, save_weights
-
-    config = load_config(arguments.run / "config.json", PRETRAIN)
-    checkpoint = latest_checkpoint(arguments.run)
-    if checkpoint is None:
-        raise UserError(f"{arguments.run} has no checkpoint yet; train it first")
-    model = create_model(config.model)
-    load_weights(model, checkpoint / WEIGHTS)
-    output = arguments.output or arguments.run / f"backbone_{arguments.layout}.safetensors"
-    print(f"wrote {save_weights(model, output, layout=arguments.layout)}")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

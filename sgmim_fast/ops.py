@@ -190,9 +190,13 @@ def embed_visible(
 
 def _check_attention(side: int, qkv: Tensor, *others: Tensor | None) -> None:
     """What the kernels ask of an attention over windows of ``side`` tokens a side."""
-    _check(side <= LARGEST_WINDOW, f"the kernels take windows of at most {LARGEST_WINDOW} tokens a side, not {side}")
+    other = 'choose backend "torch" or attention "sdpa"'
+    _check(
+        side <= LARGEST_WINDOW,
+        f"the kernels take windows of at most {LARGEST_WINDOW} tokens a side, not {side}; {other}",
+    )
     size = qkv.shape[-1]
-    _check(size <= LARGEST_HEAD, f"the kernels take heads of at most {LARGEST_HEAD} channels, not {size}")
+    _check(size <= LARGEST_HEAD, f"the kernels take heads of at most {LARGEST_HEAD} channels, not {size}; {other}")
     for tensor in (qkv, *others):
         _check(
             tensor is None or (tensor.is_floating_point() and tensor.device == qkv.device),

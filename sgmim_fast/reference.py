@@ -19,6 +19,7 @@ from torch import Tensor
 from sgmim_fast.masking import CELL
 
 KEPT = 64  # constant tensors of each kind
+KEPT_BYTES = 2**28  # of each kind: images may come in many sizes
 Made = TypeVar("Made", bound=Callable[..., Tensor])
 
 
@@ -39,9 +40,10 @@ def _kept(make: Made) -> Made:
                 made = make(*key)
             if type(made) is not Tensor:
                 return made
-            if len(kept) == KEPT:
-                kept.pop(next(iter(kept)))
             kept[key] = made
+            while len(kept) > KEPT or sum(tensor.nbytes for tensor in kept.values()) > KEPT_BYTES:
+                kept.pop(next(iter(kept)))
+            return made
         return kept[key]
 
     return cast(Made, get)

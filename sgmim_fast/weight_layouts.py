@@ -63,7 +63,7 @@ class Reading:
 def read_names(keys: Iterable[str]) -> Reading | None:
     """What these parameter names stand for; None if they belong to no layout."""
     names = list(keys)
-    wrapper = next((wrapper for wrapper in _WRAPPERS if any(name.startswith(wrapper) for name in names)), "")
+    wrapper = _wrapper(names)
     inner = {key.removeprefix(wrapper): key for key in names if key.startswith(wrapper)}
     layout = _recognise(inner)
     if layout is None:
@@ -93,6 +93,14 @@ def read_names(keys: Iterable[str]) -> Reading | None:
         else:
             incomplete.extend(parts.values())
     return Reading(layout, held, tuple(unused), tuple(unknown), tuple(incomplete))
+
+
+def _wrapper(names: Collection[str]) -> str:
+    """The beginning of names that modules around an encoder have given it."""
+    found = ""
+    while inner := next((w for w in _WRAPPERS if any(name.startswith(found + w) for name in names)), None):
+        found += inner
+    return found
 
 
 def _recognise(names: Collection[str]) -> Layout | None:

@@ -20,7 +20,7 @@ from sgmim_fast.weight_files import check_target, read_metadata, read_tensors, w
 from sgmim_fast.weight_layouts import EncoderShape, Layout, Target, encoder_shape, from_model, read_names
 from sgmim_fast.weight_plan import Grid, fit_shapes, make_plan, problems, some
 
-__all__ = ["LoadReport", "load_weights", "read_backbone_config", "read_config", "save_weights"]
+__all__ = ["LoadReport", "load_weights", "read_backbone_config", "read_config", "save_weights", "tensors_of"]
 
 C = TypeVar("C", ModelConfig, BackboneConfig)
 
@@ -107,17 +107,9 @@ def save_weights(model: nn.Module, path: str | Path, layout: Layout = "sgmim") -
         UserError: if the model does not have the layout's parts, or the file cannot be written.
     """
     path = Path(path)
-    target = _target(model)
-    own: dict[str, Tensor] = model.state_dict()
-    held = _shape_of(own)
-    _check_layout(layout, target, held.kind)
+    tensors = tensors_of(model, layout)
     check_target(path)
-    tensors = {}
-    for key, tensor in own.items():
-        names = from_model(key, layout, target, held, _outputs(model))
-        for name, part in zip(names, tensor.detach().chunk(len(names)) if names else (), strict=True):
-            tensors[name] = part.cpu().contiguous()
-    metadata = {"format": "pt", "layout": layout, "encoder": held.kind}
+    metadata = {"format": "pt", "layout": layout, "encoder": _shape_of(model.state_dict()).kind}
     config = getattr(model, "config", None)
     # The configuration of what the file holds, so that it can be built again from the file alone.
     if isinstance(config, ModelConfig):
@@ -127,6 +119,24 @@ def save_weights(model: nn.Module, path: str | Path, layout: Layout = "sgmim") -
         metadata["backbone"] = json.dumps(asdict(config))
     write_tensors(path, tensors, metadata)
     return path
+
+
+def tensors_of(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
+    """What ``save_weights`` writes, by the layout's names, on the CPU.
+
+    Raises:
+        UserError: if the model does not have the layout's parts.
+    """
+    target = _target(model)
+    own: dict[str, Tensor] = model.state_dict()
+    held = _shape_of(own)
+    _check_layout(layout, target, held.kind)
+    tensors = {}
+    for key, tensor in own.items():
+        names = from_model(key, layout, target, held, _outputs(model))
+        for name, part in zip(names, tensor.detach().chunk(len(names)) if names else (), strict=True):
+            tensors[name] = part.cpu().contiguous()
+    return tensors
 
 
 def read_config(path: str | Path) -> ModelConfig | None:
@@ -139,13 +149,13 @@ def read_config(path: str | Path) -> ModelConfig | None:
 
 
 def read_backbone_config(path: str | Path) -> BackboneConfig | None:
-    """Likewise of a file whose weights are a backbone's."""
+    """Likewise of a file whose weights are a backbone's, or those of a model that was fine-tuned around one."""
     return _read_config(path, "backbone", BackboneConfig)
 
 
 def _read_config(path: str | Path, entry: str, kind: type[C]) -> C | None:
     metadata = read_metadata(path)
-    if "layout" not in metadata or entry not in metadata:
+    if entry not in metadata or not {"layout", "task"} & metadata.keys():
         return None
     try:
         return kind(**json.loads(metadata[entry]))

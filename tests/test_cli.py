@@ -16,6 +16,8 @@ from sgmim_fast.cli import main
 from sgmim_fast.launching import launch
 from tests.verify_cases import cut, write_pairs
 
+SMALL = ("--train.batch-size", "2", "--train.max-steps", "2", "--data.crop-size", "64", "64")
+
 
 def sgmim(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -24,7 +26,9 @@ def sgmim(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_demo_in_small(tmp_path: Path) -> None:
-    """Scenes, two DeepSpeed ranks, page, export; a second call finds its work done; timm takes the backbone."""
+    """Scenes, two DeepSpeed ranks, page, export; a second call finds its work done; timm takes the backbone, and so do
+    both dense tasks.
+    """
     done = sgmim(tmp_path, "demo", "--count", "40", "--steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "runs/demo/report.html").resolve().as_uri() in done.stdout
@@ -38,6 +42,16 @@ def test_demo_in_small(tmp_path: Path) -> None:
     )
     backbone.load_state_dict(load_file(tmp_path / "runs/demo/backbone_timm.safetensors"))
     assert backbone(torch.randn(1, 3, 128, 128)).isfinite().all()
+
+    for task in ("depth", "segmentation"):
+        run = f"runs/demo-{task}"
+        tuned = sgmim(tmp_path, "finetune", task, "--num-gpus", "2", "--recipe", "scenes", *SMALL)
+        assert tuned.returncode == 0, tuned.stdout + tuned.stderr
+        assert "evaluated after step 2" in tuned.stdout
+        main(["evaluate", str(tmp_path / run), "--data", str(tmp_path / "scenes/demo")])
+        image = tmp_path / "scenes/demo/images/000001.jpg"
+        main(["predict", str(tmp_path / run), str(image), "--out", str(tmp_path / task)])
+        assert (tmp_path / task / "000001.png").is_file()
 
     other = sgmim(tmp_path, "export", "runs/demo", "--layout", "sgmim", "--output", "mine.safetensors")
     assert other.returncode == 0, other.stderr

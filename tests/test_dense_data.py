@@ -268,7 +268,7 @@ BAD_DEPTH: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "nothing valid": (
         "nyu",
         lambda root: every(root, "sync_depth*", np.zeros_like),
-        r"_00000\.png: holds no valid depth",
+        r"nyu \(train\): \d maps that were looked at hold no valid depth",
     ),
     "three channels": (
         "nyu",

@@ -25,7 +25,7 @@ LAYERS = (
     ("tasks",),
     ("train", "probing"),
     # sgmim_fast is the package's own __init__
-    (PACKAGE, "timm", "pretrain", "finetune", "report", "doctor", "launching", "planning"),
+    (PACKAGE, "timm", "pretrain", "finetune", "report", "doctor", "launching", "planning", "exporting"),
     ("commands",),
     ("cli",),
 )

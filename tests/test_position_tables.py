@@ -52,6 +52,7 @@ def test_geometric_is_the_spline_of_beit(sides: tuple[int, int]) -> None:
     assert float(resized.sum()) == pytest.approx(total, abs=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's indexing
 @pytest.mark.parametrize("source,target", [(6, 9), (5, 9), (12, 16)])
 def test_geometric_spreads_offsets_as_timm_does(source: int, target: int) -> None:
     """The table of the very places that its rows are spread to becomes that of plain offsets, by cubics or by lines."""

@@ -111,6 +111,17 @@ def test_local_normalisation_against_its_definition() -> None:
         torch.testing.assert_close(out[:, :, r, c], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_constant_tensors_are_kept_while_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mask(side: int) -> torch.Tensor:
+        return reference.shifted_region_mask(side, side, 4, 2, torch.device("cpu"))
+
+    assert mask(12) is mask(12)
+    monkeypatch.setattr(reference, "KEPT_BYTES", mask(12).nbytes - 1)
+    mask(44)  # counted when one is added; no other test asks for it
+    assert mask(12) is not mask(12)
+    assert mask(8) is mask(8)
+
+
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="index must be integers"):
         ops.gather_rows(torch.zeros(2, 3, 4), torch.zeros(2, 3))

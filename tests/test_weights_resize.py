@@ -1,5 +1,6 @@
 """Weights of another window or image size, and weights for backbones."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weight_cases import ENCODERS, randomised, refuses, refuses_to_load, same, snapshot, tiny
 
-from sgmim_fast import BackboneConfig, create_model
+from sgmim_fast import BackboneConfig, create_backbone, create_model
+from sgmim_fast.config import DepthConfig
 from sgmim_fast.models.backbone import Backbone
 from sgmim_fast.position_tables import Resampling, resize_table
+from sgmim_fast.tasks.depth import DepthTask
+from sgmim_fast.tasks.finetuned import save_finetuned
 from sgmim_fast.weight_layouts import Layout
 from sgmim_fast.weights import load_weights, read_backbone_config, read_config, save_weights
 
@@ -105,6 +109,16 @@ def test_map_of_a_vit_that_is_not_square(tmp_path: Path) -> None:
     refuses(lambda: load_weights(backbone, bare), "does not tell", "image_size")
 
 
+def test_backbones_resize_unless_told_not_to() -> None:
+    for encoder, option in (("swin", "window_size"), ("vit", "image_size")):
+        state = randomised(tiny(encoder)).encoder.state_dict()
+        backbone = backbone_of(encoder, **OTHER[encoder])
+        before = snapshot(backbone)
+        refuses(partial(load_weights, backbone, state, resize=False), f"file's {option}", "resize=True")
+        assert same(before, backbone.state_dict())
+        assert all(name.endswith(TABLE) for name in load_weights(backbone, state).resized)
+
+
 def test_heads_are_not_resized() -> None:
     state = randomised(tiny("swin", num_heads=(2, 2, 2, 2))).encoder.state_dict()
     refuses(lambda: load_weights(backbone_of("swin"), state), "layers.2.blocks.0.attn.relative_position_bias_table is")
@@ -181,14 +195,27 @@ def test_what_a_backbone_ends_before_is_not_asked_for() -> None:
 
 
 def test_model_around_a_backbone() -> None:
-    """As fine-tuning saves it: the backbone beside its head."""
+    """As fine-tuning saves it: the backbone beside its head, and that in a trainer's module."""
     backbone = randomise(backbone_of("vit", norm="all"))
-    state: dict[str, Tensor] = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-    other = backbone_of("vit", norm="all")
-    report = load_weights(other, state | {"head.weight": torch.zeros(3)})
-    assert report.unused == ("head.weight",)
-    assert report.missing == ()
-    assert same(backbone.state_dict(), other.state_dict())
+    for prefix in ("backbone.", "model.", "model.backbone."):
+        state: dict[str, Tensor] = {prefix + name: tensor for name, tensor in backbone.state_dict().items()}
+        other = backbone_of("vit", norm="all")
+        report = load_weights(other, state | {"head.weight": torch.zeros(3)})
+        assert report.unused == ("head.weight",)
+        assert report.missing == ()
+        assert same(backbone.state_dict(), other.state_dict())
+
+
+def test_file_of_a_fine_tuned_model(tmp_path: Path) -> None:
+    """It tells the backbone's shape, and so the sides of a ViT's map that is not square."""
+    task = DepthTask(randomise(backbone_of("vit", norm="all", image_size=(64, 96))), DepthConfig(head_channels=8))
+    path = tmp_path / "model.safetensors"
+    save_finetuned(task.state_dict(), path, task.backbone.config, task.config, {})  # type: ignore[arg-type]
+    assert read_backbone_config(path) == task.backbone.config
+    made = create_backbone(weights=path)
+    assert same(task.backbone.state_dict(), made.state_dict())
+    larger = backbone_of("vit", norm="all", image_size=96)
+    assert load_weights(larger, path).resized == ("encoder.rel_pos_bias.relative_position_bias_table",)
 
 
 def test_layouts_that_a_backbone_cannot_have(tmp_path: Path) -> None:

@@ -35,11 +35,11 @@ def run(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     from sgmim_fast.errors import UserError
     from sgmim_fast.train.environment import describe_environment
 
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit {arguments.limit} must be 1 or more")
     opened = finetuned_runs.open_run(arguments, settings)
     samples = opened.job.open_split(arguments.split)
     count = len(samples)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit {arguments.limit} must be 1 or more")
     wanted = min(count, arguments.limit or count)
     indices = [number * count // wanted for number in range(wanted)]
     counts = opened.job.counts(opened.device)

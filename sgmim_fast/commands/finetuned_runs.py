@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgmim_fast.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FinetunedRun(NamedTuple):
@@ -21,7 +22,7 @@ class FinetunedRun(NamedTuple):
     """See ``save_finetuned``."""
     weights: Path
     """The file that was read."""
-    device: torch.device
+    device: "torch.device"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,19 +51,17 @@ def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> Finetune
     from sgmim_fast.train.run_folder import WEIGHTS, latest_checkpoint
     from sgmim_fast.train.segmentation_job import SegmentationJob
 
-    run = arguments.run
-    if (run / WEIGHTS).is_file():
-        weights, run = run / WEIGHTS, run.resolve().parents[1]
-    else:
-        if not (run / "config.json").is_file():
-            raise UserError(f"{run}: is no run's folder (it has no config.json); name the --output of sgmim finetune")
-        checkpoint = latest_checkpoint(run)
-        if checkpoint is None:
-            raise UserError(f"{run}: has no checkpoint yet; fine-tune it first")
-        weights = checkpoint / WEIGHTS
+    named = arguments.run
+    run = named.resolve().parents[1] if (named / WEIGHTS).is_file() else named
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run}: is no run's folder (it has no config.json); name the --output of sgmim finetune")
     kind = kind_of_run(run / "config.json")
     if kind not in (DEPTH.kind, SEGMENTATION.kind):
         raise UserError(f"{run}: is a {kind} run; name one of sgmim finetune")
+    checkpoint = latest_checkpoint(run) if run == named else named
+    if checkpoint is None:
+        raise UserError(f"{run}: has no checkpoint yet; fine-tune it first")
+    weights = checkpoint / WEIGHTS
     job: Any
     if kind == DEPTH.kind:
         job = DepthJob(changed_config(load_config(run / "config.json", DEPTH), settings, DEPTH))
@@ -75,12 +74,14 @@ def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> Finetune
     return FinetunedRun(task, job, notes, weights, device)
 
 
-def open_device(name: str | None) -> torch.device:
+def open_device(name: str | None) -> "torch.device":
     """The device of this name, or a GPU if there is one, else the CPU.
 
     Raises:
         UserError: if it cannot be used.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

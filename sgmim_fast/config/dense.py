@@ -69,7 +69,8 @@ class DepthDataConfig:
         else:
             require(
                 self.depth_scale is None,
-                f"data.depth_scale is for data.dataset folder alone; {self.dataset} has a unit of its own",
+                f"data.depth_scale is for data.dataset folder alone, and {self.dataset} has its own unit; choose the "
+                f"recipe {self.dataset}, or leave data.depth_scale out",
             )
         require(
             self.depth_scale is None or self.depth_scale > 0, f"data.depth_scale {self.depth_scale} must be positive"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.constants import CONFIG_NAME
 from torch import Tensor, nn
 
 from sgmim_fast.config import Attention, BackboneConfig, Backend
+from sgmim_fast.config.checks import known_fields
 from sgmim_fast.errors import UserError, first_line
 from sgmim_fast.models.choices import Choices, make_encoder
 
@@ -100,18 +102,27 @@ class Backbone(Choices, PyTorchModelHubMixin, library_name="sgmim_fast", tags=["
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "Backbone":
-        """A backbone from a folder that ``save_pretrained`` wrote, or from the Hugging Face Hub.
+        """A backbone from a folder that ``save_pretrained`` wrote, or from the Hugging Face Hub, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: the folder, or ``"user/name"``.
             **options: those of ``huggingface_hub.ModelHubMixin.from_pretrained``, ``backend`` and ``attention``.
 
         Raises:
-            UserError: if the configuration there is damaged or not one of this version.
+            UserError: if a folder's configuration is missing, damaged or not one of this version.
         """
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **{"strict": True} | options)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{pretrained_model_name_or_path}: its config.json is damaged ({first_line(error)}); copy it again"
-            ) from error
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and "config" not in options:
+            options["config"] = _read_shape(folder / CONFIG_NAME)
+        return super().from_pretrained(pretrained_model_name_or_path, **{"strict": True} | options)
+
+
+def _read_shape(path: Path) -> BackboneConfig:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        known_fields(BackboneConfig, fields)
+        return BackboneConfig(**fields)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a folder of save_pretrained") from error
+    except (TypeError, ValueError) as error:  # UserError and json's error are ValueErrors
+        raise UserError(f"{path}: is no configuration of a backbone of this version ({first_line(error)})") from error

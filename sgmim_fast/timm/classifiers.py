@@ -84,12 +84,13 @@ class TimmModel(ImageEncoder, Choices):
         return self.forward_head(self.forward_features(x))
 
     def taken(self, x: Tensor, indices: Indices, stop_early: bool) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-        """The features, and those of ``indices`` with their level; without norm, but for the last level's first."""
+        """The features, normed if the norm is for them, and without norm those of ``indices``, with their level."""
         count = len(self.parts())
         wanted = sorted(set(feature_take_indices(count, indices)[0]))
         ran = wanted if stop_early else sorted({*wanted, count - 1})
         found = self.levels(self._embed(x, None), ran)
-        final = self.normed(found[-1]) if ran[-1] == count - 1 else found[-1]
+        # Swin's norm is as wide as its last stage, ViT's as every block.
+        final = self.normed(found[-1]) if ran[-1] == count - 1 or self.container == "blocks" else found[-1]
         return final, [(level, feature) for level, feature in zip(ran, found, strict=True) if level in wanted]
 
     def prune_intermediate_layers(

@@ -4,6 +4,8 @@ from typing import Any
 
 from timm.models import adapt_input_conv
 
+from sgmim_fast.errors import UserError
+from sgmim_fast.weight_plan import some
 from sgmim_fast.weights import load_weights
 
 
@@ -11,6 +13,9 @@ def translate_names(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
     """Before a state dict is loaded: bring the names of other layouts to the model's.
 
     Without a classifier there, as in pre-training, the model's own stays as it is.
+
+    Raises:
+        UserError: if other parameters are missing, or do not fit.
     """
     own = model.state_dict()
     given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -22,10 +27,12 @@ def translate_names(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
         if key.endswith("patch_embed.proj.weight") and value.shape[1] != model.in_chans:
             weights[key] = adapt_input_conv(model.in_chans, value)
     report = load_weights(model, weights, strict=False, resize=True)
-    missing = {name for name in report.missing if not name.startswith("head.")}
+    if missing := [name for name in report.missing if not name.startswith("head.")]:
+        # Said here: timm does not ask for all where the classifier is another.
+        raise UserError(f"state dict: {len(missing)} missing: {some(missing)}; build the model like the file's")
     for key in given:
         del state[prefix + key]
-    state |= {prefix + name: value for name, value in own.items() if name not in missing}
+    state |= {prefix + name: value for name, value in own.items()}
     for key, value in classifier.items():
         if (name := _classifier_name(model, key)) in own:
             state[prefix + name] = value

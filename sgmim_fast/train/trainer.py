@@ -76,6 +76,8 @@ class Trainer:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.task, optimizer=optimizer, config=settings)
         if train.compile:
             compile_step(self.task)
+        self._buffers = [buffer for buffer in self.task.buffers() if buffer.numel()]
+        """Running statistics; a step that is not taken leaves them as they were, like the weights."""
         self.position = Position.at(0, self.order.state(BEGIN, job.sha256), config)
 
     def last_step(self) -> int:
@@ -106,6 +108,7 @@ class Trainer:
         rate = self._set_rate(number)
         # Whatever a step draws (drop path) is of (seed, step, rank), so a resumed run draws the same.
         seed_all((self.config.train.seed * 1_000_003 + number) * self.world_size + self.rank)
+        buffers = [buffer.clone() for buffer in self._buffers]
         micro_steps: list[MicroStep] = []
         norm: float | Tensor | None = None
         waited = 0.0
@@ -130,6 +133,9 @@ class Trainer:
                 self.engine.step()
         if self.config.train.zero_stage > 0:
             norm, taken = self.engine.get_global_grad_norm(), self.engine.was_step_applied()
+        if not taken:
+            for buffer, kept in zip(self._buffers, buffers, strict=True):
+                buffer.copy_(kept)
         return Step(rate, norm, taken, micro_steps, waited)
 
     def _set_rate(self, step: int) -> float:

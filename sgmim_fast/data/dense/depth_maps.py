@@ -63,8 +63,8 @@ class DepthReader:
         """Metres, (H, W) float32; 0 where there is no valid depth.
 
         Raises:
-            UserError: if the map is unreadable, of 8 bits, of another kind than the data set's, or has no valid depth
-                or depths that the data set cannot have; it names the file.
+            UserError: if the map is unreadable, of 8 bits, of another kind than the data set's, or has depths that the
+                data set cannot have; it names the file.
         """
         stored = reading.read_grey(file)
         if stored.dtype == np.uint8 or stored.dtype == np.int8:
@@ -76,8 +76,6 @@ class DepthReader:
             raise UserError(f"{file.name}: holds {stored.dtype} values; {self.name} stores depth as 16-bit PNG")
         with np.errstate(invalid="ignore", over="ignore"):
             valid = np.isfinite(stored) & (stored > 0)
-            if not valid.any():
-                raise UserError(f"{file.name}: holds no valid depth; remove the pair")
             metres = np.where(valid, self._metres(np.where(valid, stored, 1)), 0).astype(np.float32)
         if self.reach is not None and metres.max() > self.reach.farthest[1]:
             raise UserError(self._complaint(file.name, measure([metres])))
@@ -90,12 +88,15 @@ class DepthReader:
         return 65535 * self.near / stored.astype(np.float64)
 
     def check_unit(self, where: str, maps: Sequence[np.ndarray]) -> None:
-        """Refuse maps of a data set that are, taken together, in another unit.
+        """Refuse maps of a data set that are, taken together, in another unit, or hold nothing.
 
         Args:
             where: what the maps belong to, for the message.
             maps: of ``read``; several, as one may show a wall at arm's length.
         """
+        if maps and not any(metres.any() for metres in maps):
+            raise UserError(f"{where}: {len(maps)} maps that were looked at hold no valid depth; make them again")
+        maps = [metres for metres in maps if metres.any()]
         if self.reach is None or not maps:
             return
         found = measure(maps)
@@ -122,6 +123,6 @@ class DepthReader:
 
 
 def measure(maps: Sequence[np.ndarray]) -> Measured:
-    """The largest depth of maps in metres, and the median of their medians; 0 is no depth."""
+    """The largest depth of maps in metres, and the median of their medians; 0 is no depth, and each has some."""
     medians = [float(np.median(metres[metres > 0])) for metres in maps]
     return Measured(max(float(metres.max()) for metres in maps), float(np.median(medians)))

@@ -149,7 +149,10 @@ def open_labels(config: SegmentationDataConfig, split: Split, *, classes: int) -
     elif config.dataset == "scenes":
         names = read_scenes_description(root)["labels"]
         if len(names) != classes:
-            raise UserError(f"{root} has {len(names)} classes ({', '.join(names)}), not the {classes} of the task")
+            raise UserError(
+                f"{root} has {len(names)} classes ({', '.join(names)}), not the {classes} of the task; "
+                f"set --segmentation.classes {len(names)}"
+            )
         found = own_split(root, split, lists, "images", "labels")
     else:
         found = own_split(root, split, lists, "images", "labels")

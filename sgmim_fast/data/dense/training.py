@@ -19,6 +19,7 @@ from sgmim_fast.data.members import Member
 from sgmim_fast.data.order import BEGIN, Place, SampleOrder
 from sgmim_fast.data.substitution import BadSample, Substitutes
 from sgmim_fast.data.torch_loader import TorchLoader
+from sgmim_fast.errors import UserError
 from sgmim_fast.masking import STREAM_COLOR, STREAM_CROP, STREAM_CUTDEPTH, sample_rng
 
 
@@ -47,6 +48,8 @@ class DepthTraining(Dataset[Sample]):
     def __getitem__(self, key: DenseKey) -> Sample:
         config = self.config
         pixels, metres, _ = self.decoder.decode(key.image, key.target)
+        if not metres.any():
+            raise UserError(f"{key.target.name}: holds no valid depth, from which nothing is learnt; remove the pair")
         rng = sample_rng(self.seed, key.epoch, key.sample, STREAM_CUTDEPTH)
         if rng.random() < config.cutdepth:
             pixels = crops.cut_depth(pixels, metres, rng, self.max_depth, config.cutdepth_width)
