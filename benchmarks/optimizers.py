@@ -159,9 +159,7 @@ def stepped(model: nn.Module, name: str, device: torch.device) -> torch.optim.Op
     return optimizer
 
 
-def first_change(
-    model: nn.Module, name: str, device: torch.device, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
+def first_change(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """What one step adds to each parameter."""
     own = copied(model, dtype)
     before = [parameter.detach().clone() for parameter in own.parameters()]

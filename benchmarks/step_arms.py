@@ -4,7 +4,8 @@ import argparse
 import ast
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class Variant:
         asked = frozenset(word for word in more if word in WORDS)
         mode = MODES[asked - {"compile"}] if asked else "default"
         return cls(name, backend, attention, bool(asked), mode)
+
+    def compile(self, module: nn.Module) -> Any:
+        """``module`` as one graph of the shapes it first sees."""
+        mode = None if self.mode == "default" else self.mode
+        return torch.compile(module, dynamic=False, fullgraph=True, mode=mode)
 
     @property
     def graphs(self) -> bool:
@@ -129,9 +135,7 @@ class Runner:
         self.variant, self.inputs, self.autocast = variant, inputs, precision == "autocast"
         self.device = inputs[0].device
         self.model = self._model(model, variant)
-        self.run = self.model
-        if variant.compiled:
-            self.run = torch.compile(self.model, dynamic=False, fullgraph=True, mode=_named(variant.mode))
+        self.run = variant.compile(self.model) if variant.compiled else self.model
         self.update = None if optimizer is None else Update(self.model, optimizer, self.device)
 
     @staticmethod
@@ -185,12 +189,11 @@ class Runner:
                 self.update.step()
             marks.append((start, between, end, clock.mark()))
         clock.wait()
-        return [
-            Seconds(*(clock.between(a, b) for a, b in zip(four, four[1:], strict=False)))
-            if self.update is not None
-            else Seconds(clock.between(*four[:2]), clock.between(*four[1:3]), 0.0)
-            for four in marks
-        ]
+        return [self._seconds(step, clock) for step in marks]
+
+    def _seconds(self, marks: tuple[Any, ...], clock: harness.Clock) -> Seconds:
+        forward, backward, update = (clock.between(*pair) for pair in pairwise(marks))
+        return Seconds(forward, backward, update if self.update is not None else 0.0)
 
     def warm_up(self) -> None:
         for _ in range(WARM_UP if self.device.type == "cuda" else 1):
@@ -202,10 +205,6 @@ class Runner:
         """Weights and gradients, and what the optimizer holds beside them."""
         own = 2 * sum(parameter.nbytes for parameter in self.model.parameters())
         return own + (0 if self.update is None else self.update.state_bytes())
-
-
-def _named(mode: str) -> str | None:
-    return None if mode == "default" else mode
 
 
 def release(device: torch.device) -> None:
