@@ -45,6 +45,7 @@ Rows of ``benchmarks/results/train_step.jsonl``, each with its environment. "ben
 import argparse
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,8 @@ def ready(
         variant = Variant.parse(name)
         try:
             with deadline.limit():
-                arms[name] = prepare(
-                    lambda variant=variant: Runner(model, inputs, variant, options.precision, optimizer),
-                    lambda name=name: peak_in_child(name, size),
-                )
+                make = partial(Runner, model, inputs, variant, options.precision, optimizer)
+                arms[name] = prepare(make, partial(peak_in_child, name, size))
         except UserError as refusal:
             if not arms and not reasons:  # without a yardstick there is nothing to tell
                 raise
