@@ -62,7 +62,7 @@ def kernel_bars(rows: list[Row]) -> list[Bar]:
         lowest("guidance_attention", demand, guidance, lambda row: lead(row, rows, ("dense",)), 2.0, "x{:.2f}")
     )
     for op in MEMORY_BOUND:
-        chosen = [row for row in ours if row["op"] == op]
+        chosen = [row for row in ours if row["op"] == op and row["pass"] != "both"]
         large = [row for row in chosen if row["floor_seconds"] >= SHORT]
         short = [row for row in chosen if row["floor_seconds"] < SHORT]
         if large or not short:

@@ -19,16 +19,20 @@ LOG = ROOT / "build" / "memcheck.log"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0, help="stop after this long")
-    parser.add_argument("--output", type=Path, help="takes no rows; as for other benchmarks")
-    options = parser.parse_args()
+    options = arguments().parse_args()
     with one_line_errors():
         harness.gpu()
         safe, said = check(options.seconds)
         print(f"memory: {said}", flush=True)
         if not safe:
             raise UserError(f"memory accesses: {said}")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600.0, help="stop after this long")
+    parser.add_argument("--output", type=Path, help="takes no rows; as for other benchmarks")
+    return parser
 
 
 def check(seconds: float) -> tuple[bool, str]:

@@ -46,33 +46,48 @@ class Contender:
     """Makes its own inputs of the case's, untimed; its result's first rows are then the case's."""
 
 
-def contender(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> Contender | None:
-    """The implementation by name; None if it cannot express the case.
+def expresses(name: str, case: Case) -> bool:
+    """Whether an implementation is one of this operation at all."""
+    attention = case.op in (*ATTENTIONS, "attention_layer")
+    only = {
+        OURS: case.op not in NORMS,
+        "sdpa": attention,
+        "xformers": attention,
+        "dense": case.op == "guidance_attention",
+        "timm": case.op == "attention_layer",
+        "timm-fused": case.op == "attention_layer",
+        "apex": case.op == "layer_norm",
+        "flex": case.op in FLEX,
+    }
+    return only.get(name, True)
+
+
+def contender(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> Contender:
+    """The implementation by name, of a case that it expresses.
 
     Raises:
-        UserError: if it could, but its library is not there or does not run here.
+        UserError: if its library is not there or does not run here.
     """
-    if name == "plain":
-        return Contender(case.truth)
+    if name == OURS:
+        return Contender(_ours(case, backend="triton"))
+    if name in ("sdpa", "xformers"):
+        check_attention(name, "torch", device, dtype)
+        return Contender(_ours(case, backend="torch", attention=name))
     if name == "compiled":
         return Contender(torch.compile(case.truth, dynamic=False))
     if name == "max-autotune":
         # CUDA graphs would copy every input to where the graph reads it, and that is not the operation.
         return Contender(torch.compile(case.truth, dynamic=False, mode="max-autotune-no-cudagraphs"))
-    if name == "dense" and case.op == "guidance_attention":
+    if name == "dense":
         return Contender(dense_attention, prepare=partial(dense_inputs, count=case.constants["count"]))
-    if name == "flex" and case.op in FLEX:
+    if name == "flex":
         return Contender(torch.compile(partial(FLEX[case.op], **case.constants), dynamic=False))
-    if name in ("timm", "timm-fused") and case.op == "attention_layer":
+    if name in ("timm", "timm-fused"):
         return Contender(timm_layer(case, device, dtype, fused=name == "timm-fused"))
-    if name == "apex" and case.op == "layer_norm":
+    if name == "apex":
         return Contender(apex_layer_norm(case, device))
-    if name == OURS and case.op not in NORMS:
-        return Contender(_ours(case, backend="triton"))
-    if name in ("sdpa", "xformers") and case.op in (*ATTENTIONS, "attention_layer"):
-        check_attention(name, "torch", device, dtype)
-        return Contender(_ours(case, backend="torch", attention=name))
-    return None
+    assert name == "plain", name
+    return Contender(case.truth)
 
 
 def _ours(case: Case, **choice: str) -> Callable[..., Tensor]:

@@ -22,7 +22,7 @@ from sgmim_fast.config import ModelConfig
 from sgmim_fast.errors import UserError, one_line_errors
 from sgmim_fast.masking import masked_cell_count
 from sgmim_fast.models.registry import create_model
-from sgmim_fast.recipes import MODELS
+from sgmim_fast.recipes import MODELS, RECIPES
 
 RESULTS = harness.RESULTS / "products.jsonl"
 RATIO = 0.6
@@ -109,14 +109,18 @@ def measure_one(product: Product, device: torch.device, seconds: float, fewest: 
 
 
 def main() -> None:
+    options = arguments().parse_args()
+    with one_line_errors():
+        run(options)
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sgmim_swin_base", help="a name of sgmim_fast.recipes.MODELS")
     parser.add_argument("--batch", type=int, default=128, help="pairs a step")
-    parser.add_argument("--smoke", action="store_true", help="few rows, once each, on any device: does it work?")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, once each, on any device: does it work?")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
-    options = parser.parse_args()
-    with one_line_errors():
-        run(options)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:
@@ -126,7 +130,8 @@ def run(options: argparse.Namespace) -> None:
     device = harness.device(options.smoke)
     rows = Rows(options.output, device)
     ceilings = harness.measure_ceilings(device, clock_of(device), options.smoke)
-    rate, found = measure_products(MODELS[options.model], options.batch, device, smoke=options.smoke)
+    config = RECIPES["demo"]().model if options.smoke else MODELS[options.model]
+    rate, found = measure_products(config, options.batch, device, smoke=options.smoke)
     head = {"benchmark": "products", "model": options.model, "batch": options.batch, "smoke": options.smoke}
     for product, count, times in found:
         own = product.flops / times.p50

@@ -12,7 +12,18 @@ TINY = (
     *("--override", "image_size=64", "embed_dim=8", "depths=(1,1,1,1)", "num_heads=(1,1,1,1)", "window_size=4"),
     *("--batch", "2", "--steps", "1", "--device", "cpu"),
 )
-SMOKE_KERNELS = ("--smoke", "--dtypes", "fp32", "--ops", "gather_rows", "--implementations", "triton", "plain")
+SMOKE_KERNELS = (
+    "--smoke",
+    "--tests",
+    "0",
+    "--dtypes",
+    "fp32",
+    "--ops",
+    "gather_rows",
+    "--implementations",
+    "triton",
+    "plain",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ def _every_slice() -> tuple[Slice, ...]:
         "tests",
         ("--whole",),
         170,
-        smoke=("--smoke", "--ops", "gather_rows", "--select", "wrong"),
+        smoke=("--smoke", "--ops", "masked_l1", "--select", "refused"),
     )
     compiled = ("--implementations", "compiled", "flex")
     autotuned = ("--implementations", "max-autotune")

@@ -133,14 +133,7 @@ def refused(op: str, found: dict[str, Verdict]) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", choices=list(TESTS), default=list(TESTS), metavar="OP", help="default: all")
-    parser.add_argument("--whole", action="store_true", help="also the tests of whole models on the kernels")
-    parser.add_argument("--select", default="", metavar="EXPRESSION", help="pytest's -k: only some of the tests")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="stop them after this long")
-    parser.add_argument("--smoke", action="store_true", help="on the CPU as well, in Triton's interpreter")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
-    options = parser.parse_args()
+    options = arguments().parse_args()
     with one_line_errors():
         rows = Rows(options.output, harness.device(options.smoke))
         names = [TESTS[op] for op in options.ops] + list(WHOLE if options.whole else ())
@@ -150,6 +143,17 @@ def main() -> None:
             raise UserError(f"tests are red: {', '.join(red)}; their output is in {LOGS.relative_to(ROOT)}/")
         if any(verdict.status == "unfinished" for verdict in found.values()):
             raise SystemExit(EXIT_PREEMPTED)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", choices=list(TESTS), default=list(TESTS), metavar="OP", help="default: all")
+    parser.add_argument("--whole", action="store_true", help="also the tests of whole models on the kernels")
+    parser.add_argument("--select", default="", metavar="EXPRESSION", help="pytest's -k: only some of the tests")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop them after this long")
+    parser.add_argument("--smoke", action="store_true", help="on the CPU as well, in Triton's interpreter")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
+    return parser
 
 
 if __name__ == "__main__":
