@@ -33,6 +33,7 @@ RESULTS = harness.RESULTS / "arithmetic.jsonl"
 RATIO = 0.6
 NAMED = ("sgmim_swin_base", "sgmim_swinv2_base", "sgmim_vit_base", "sgmim_swin_large")
 PARTS = (PRODUCTS, ATTENTION, NORMS, ENCODER, GUIDANCE, HEADS, REST)
+PRODUCTS_OF = ("aten::mm", "aten::addmm", "aten::convolution", "aten::convolution_backward")
 BACKENDS = ("reference", "torch", "triton")
 
 
@@ -82,7 +83,8 @@ class Watch(TorchDispatchMode):
         owners = {x.untyped_storage()._cdata for x in before}
         if not func._schema.is_mutable and all(x.untyped_storage()._cdata in owners for x in after):
             return out  # views of what is there
-        amount = self.count.parts[part_of(func._schema.name, place)]
+        node = torch._C._current_autograd_node()
+        amount = self.count.parts[part_of(func._schema.name, place, "" if node is None else node.name())]
         amount.operations += 1
         amount.bytes += sum(map(moved, before)) + sum(map(moved, after))
         packet = getattr(func, "overloadpacket", None)
@@ -109,13 +111,13 @@ def moved(x: Tensor) -> int:
     return numbers * x.element_size()
 
 
-def part_of(operation: str, place: str) -> str:
-    """As ``benchmarks.step_profile`` tells the parts of eager steps apart."""
+def part_of(operation: str, place: str, node: str) -> str:
+    """As ``benchmarks.step_profile`` tells the parts of eager steps apart: gradients of biases are of the products."""
     if place in (GUIDANCE, HEADS, REST):
         return place
     if "layer_norm" in operation:
         return NORMS
-    if operation in ("aten::mm", "aten::addmm", "aten::convolution", "aten::convolution_backward"):
+    if operation in PRODUCTS_OF or node.startswith(("AddmmBackward", "MmBackward", "ConvolutionBackward")):
         return PRODUCTS
     return place
 

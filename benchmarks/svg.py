@@ -122,7 +122,10 @@ def roofline(title: str, copy: float, matrix: float, points: Mapping[str, Sequen
     body = legend(list(points))
     for power in range(round(math.log10(base)), round(math.log10(top)) + 1):
         y = at(low, 10.0**power)[1]
-        body += [line(left, y, right, y), text(left - 8, y + 4, f"1e{power - 12} TFLOP/s", "end", 11, color="#666666")]
+        body += [
+            line(left, y, right, y),
+            text(left - 8, y + 4, f"{10.0 ** (power - 12):g} TFLOP/s", "end", 11, color="#666666"),
+        ]
     for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
         x = at(10.0**power, base)[0]
         body += [line(x, TOP, x, bottom), text(x, bottom + 16, f"{10.0**power:g}", "middle", 11, color="#666666")]
