@@ -8,12 +8,16 @@ import sysconfig
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import harness, origin, products, rows
+from benchmarks import harness, origin, products, rows, tested
+from benchmarks.cases import PLAIN
 from benchmarks.clocks import HostClock
+from benchmarks.peers import NORMS
+from benchmarks.rows import Rows
 from sgmim_fast.config import ModelConfig
 from sgmim_fast.errors import UserError
 
@@ -241,3 +245,54 @@ def test_benchmarks_need_torch_triton_numpy_and_timm_alone() -> None:
     filled = code.replace("{hidden}", repr(hidden)).replace("{modules}", modules)
     done = subprocess.run([sys.executable, "-c", filled], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# -- whether its tests are green
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "verdict"),
+    [
+        ("....   [100%]\n4 passed in 1.00s\n", 0, ("green", "4 passed in 1.00s")),
+        ("..F.   [100%]\n=== 1 failed, 3 passed in 1.00s ===\n", 1, ("red", "1 failed, 3 passed in 1.00s")),
+        ("", 4, ("red", "it said nothing")),
+        ("......... [ 40%]\n....", None, ("unfinished", "....")),
+        ("...F..... [ 40%]\n....", None, ("red", "some had failed when the time was over")),
+        ("..s..E", None, ("red", "some had failed when the time was over")),
+    ],
+)
+def test_verdicts_on_logs(log: str, status: int | None, verdict: tuple[str, str]) -> None:
+    assert tested.judge(log, status) == tested.Verdict(*verdict)
+
+
+def test_every_operation_of_ours_has_tests() -> None:
+    assert set(tested.TESTS) == set(PLAIN) - set(NORMS)
+    assert all((ROOT / "tests" / f"{name}.py").exists() for name in (*tested.TESTS.values(), *tested.WHOLE))
+
+
+def test_verdicts_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def run_tests(name: str, *_: Any) -> tuple[tested.Verdict, float]:
+        ran.append(name)
+        return tested.Verdict({"a": "green", "b": "red", "c": "unfinished"}[name], "said"), 1.0
+
+    monkeypatch.setattr(tested, "run_tests", run_tests)
+    known = Rows(tmp_path / "tests.jsonl", torch.device("cpu"))
+    assert {name: v.status for name, v in tested.verdicts("abc", known, 9.0).items()} == {
+        "a": "green",
+        "b": "red",
+        "c": "unfinished",
+    }
+    assert sorted(ran) == ["a", "b", "c"]
+    ran.clear()
+    assert tested.verdicts("abc", known, 9.0)["b"].status == "red"
+    assert ran == ["c"]
+    ran.clear()
+    tested.verdicts("ab", known, 9.0, again=True)
+    assert ran == ["b"]
+    assert tested.verdicts("a", known, 0.0, select="few")["a"] == tested.Verdict("unfinished", "not run")
+    known.environment["sources"] = "others"
+    ran.clear()
+    tested.verdicts("a", known, 9.0)
+    assert ran == ["a"]

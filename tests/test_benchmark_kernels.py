@@ -27,7 +27,7 @@ from benchmarks.peers import (
     flex_class_token_attention,
     flex_window_attention,
 )
-from benchmarks.rows import Row, Rows, read
+from benchmarks.rows import Row, read
 from benchmarks.shapes import all_cases, class_token_of, guidance_of, layer_case, norms_of, smoke_cases, window_case
 from sgmim_fast.errors import EXIT_PREEMPTED, UserError
 from sgmim_fast.recipes import MODELS
@@ -180,57 +180,6 @@ def test_flex_attention_is_class_token_attention() -> None:
     case = class_token_of("tiny", replace(MODELS["sgmim_vit_base"], image_size=64, embed_dim=32, num_heads=(2,)), 2)
     inputs = {name: x.detach() for name, x in case.make(torch.float32, CPU, 0).items()}
     torch.testing.assert_close(flex_class_token_attention(**inputs, **case.constants), case.truth(**inputs))
-
-
-# -- whether its tests are green
-
-
-@pytest.mark.parametrize(
-    ("log", "status", "verdict"),
-    [
-        ("....   [100%]\n4 passed in 1.00s\n", 0, ("green", "4 passed in 1.00s")),
-        ("..F.   [100%]\n=== 1 failed, 3 passed in 1.00s ===\n", 1, ("red", "1 failed, 3 passed in 1.00s")),
-        ("", 4, ("red", "it said nothing")),
-        ("......... [ 40%]\n....", None, ("unfinished", "....")),
-        ("...F..... [ 40%]\n....", None, ("red", "some had failed when the time was over")),
-        ("..s..E", None, ("red", "some had failed when the time was over")),
-    ],
-)
-def test_verdicts_on_logs(log: str, status: int | None, verdict: tuple[str, str]) -> None:
-    assert tested.judge(log, status) == tested.Verdict(*verdict)
-
-
-def test_every_operation_of_ours_has_tests() -> None:
-    assert set(tested.TESTS) == set(PLAIN) - set(NORMS)
-    assert all((ROOT / "tests" / f"{name}.py").exists() for name in (*tested.TESTS.values(), *tested.WHOLE))
-
-
-def test_verdicts_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
-
-    def run_tests(name: str, *_: Any) -> tuple[tested.Verdict, float]:
-        ran.append(name)
-        return tested.Verdict({"a": "green", "b": "red", "c": "unfinished"}[name], "said"), 1.0
-
-    monkeypatch.setattr(tested, "run_tests", run_tests)
-    rows = Rows(tmp_path / "tests.jsonl", CPU)
-    assert {name: v.status for name, v in tested.verdicts("abc", rows, 9.0).items()} == {
-        "a": "green",
-        "b": "red",
-        "c": "unfinished",
-    }
-    assert sorted(ran) == ["a", "b", "c"]
-    ran.clear()
-    assert tested.verdicts("abc", rows, 9.0)["b"].status == "red"
-    assert ran == ["c"]
-    ran.clear()
-    tested.verdicts("ab", rows, 9.0, again=True)
-    assert ran == ["b"]
-    assert tested.verdicts("a", rows, 0.0, select="few")["a"] == tested.Verdict("unfinished", "not run")
-    rows.environment["sources"] = "others"
-    ran.clear()
-    tested.verdicts("a", rows, 9.0)
-    assert ran == ["a"]
 
 
 # -- the whole of it, in the smallest size
