@@ -37,6 +37,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.clocks import clock_of
+from benchmarks.deadline import Deadline
 from benchmarks.optimizers import NAMES as OPTIMIZERS
 from benchmarks.step_arms import PRECISIONS, Runner, Variant, build, release
 from benchmarks.step_turns import is_out_of_memory, reason_of
@@ -72,7 +73,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--most", type=int, default=4096, help="batch to end at (default: 4096)")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--seconds", type=float, default=600.0, help="for one arm and budget (default: 600)")
+    parser.add_argument("--seconds", type=float, help="for everything; searches that are not over then are left out")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     parser.add_argument("--in-child", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -93,7 +94,7 @@ class Search:
 def largest(fits: Callable[[int], bool], first: int, step: int, most: int) -> Search:
     """The largest batch that fits, found by doubling from ``first`` and then halving the gap down to ``step``.
 
-    Where ``first`` does not fit, the gap below it is halved. Every trial beyond it is a multiple of ``step`` away.
+    Where ``first`` does not fit, the gap below it is halved.
     """
     found = Search()
 
@@ -109,12 +110,8 @@ def largest(fits: Callable[[int], bool], first: int, step: int, most: int) -> Se
     batch = min(first, most)
     while trial(batch) and batch < most:
         batch = min(2 * batch, most)
-    while found.failing is not None:
-        low = found.largest or 0
-        middle = low + (found.failing - low) // 2 // step * step
-        if middle in (low, found.failing):
-            break
-        trial(middle)
+    while found.failing is not None and (gap := found.failing - (found.largest or 0)) > step:
+        trial((found.largest or 0) + max(step, gap // 2 // step * step))
     return found
 
 
@@ -124,7 +121,7 @@ def largest(fits: Callable[[int], bool], first: int, step: int, most: int) -> Se
 def search_all(options: argparse.Namespace) -> int:
     """A row for each arm and budget; 1 if a search fails for another reason than that the arm cannot run."""
     device = harness.gpu()
-    rows = harness.Rows(options.output, device)
+    rows, deadline = harness.Rows(options.output, device), Deadline(options.seconds)
     total = torch.cuda.get_device_properties(device).total_memory
     variants = [Variant.parse(name) for name in options.backends]
     failed = False
@@ -134,7 +131,7 @@ def search_all(options: argparse.Namespace) -> int:
             if budget * GB > total:
                 found: Row = {"reason": f"this GPU has {total / GB:.1f} GB"}
             else:
-                found = ask_child(options, variant, budget)
+                found = ask_child(variant, budget, deadline)
             if "reason" in found:
                 row["benchmark"] = "largest_batch_skipped"
                 failed |= found.pop("failed", False)
@@ -159,14 +156,22 @@ def head_of(options: argparse.Namespace, variant: Variant, budget: float) -> Row
     }
 
 
-def ask_child(options: argparse.Namespace, variant: Variant, budget: float) -> Row:
+def ask_child(variant: Variant, budget: float, deadline: Deadline) -> Row:
     """What one search finds; ``reason`` instead if it found nothing."""
+    seconds = deadline.left()
+    if seconds <= 0:
+        return {"reason": "the time given by --seconds is over"}
     words = [*sys.argv[1:], "--backends", variant.name, "--memory-budget", str(budget), "--in-child"]
     command = [sys.executable, "-m", "benchmarks.largest_batch", *words]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=options.seconds, cwd=Path(__file__).parents[1])
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            timeout=None if seconds == float("inf") else seconds,
+            cwd=Path(__file__).parents[1],
+        )
     except subprocess.TimeoutExpired:
-        return {"reason": f"the search was not over after {options.seconds:.0f} s"}
+        return {"reason": f"it was not ready after {seconds:.0f} s, all that --seconds left"}
     lines = done.stdout.decode().splitlines()
     if not lines:
         return {"reason": f"its process ended with status {done.returncode}", "failed": True}

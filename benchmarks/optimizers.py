@@ -5,10 +5,10 @@
 
 ``plain`` steps one parameter after the other, ``foreach`` is PyTorch's for lists of tensors, ``adamw`` PyTorch's fused
 one, ``apex`` and ``deepspeed`` are their FusedAdam. All of them on float32 weights, as in training. What is not
-installed, or cannot run on the device, leaves a row that says why.
+installed, or cannot run on the device, leaves "benchmark": "optimizers_skipped" with ``reason``.
 
 Each row of ``benchmarks/results/optimizers.jsonl`` ("benchmark": "optimizers") holds ``model``, ``implementation``,
-``device``, ``parameters`` (numbers), and either ``skipped`` (the reason) or
+``device``, ``parameters`` (numbers), and
 
     p20_seconds, p50_seconds, p80_seconds, host_seconds, runs    of one step, without clipping
     floor_bytes, share_of_copy    reading weight, gradient and both moments, writing three of them; against a copy
@@ -18,6 +18,7 @@ Each row of ``benchmarks/results/optimizers.jsonl`` ("benchmark": "optimizers") 
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.clocks import clock_of
+from benchmarks.deadline import Deadline
 from sgmim_fast.config import OptimizerConfig
 from sgmim_fast.errors import UserError, first_line, one_line_errors
 from sgmim_fast.models.registry import create_model
@@ -36,6 +38,7 @@ PLAIN = ("plain", "foreach")
 NAMES = (*PLAIN, "adamw", "apex", "deepspeed")
 MOVED = 7 * 4  # bytes a parameter
 RATE = 1e-3
+SECONDS = 0.5  # to time each
 
 
 def main() -> None:
@@ -48,7 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sgmim_swin_base", help="a name of sgmim_fast.recipes.MODELS")
     parser.add_argument("--implementations", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=0.5, help="to time each (default: 0.5)")
+    parser.add_argument("--seconds", type=float, help="for everything; begins nothing new after that")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     return parser
@@ -59,13 +62,12 @@ class Update:
 
     Args:
         implementation: one of ``NAMES``.
-        rate: learning rate; 0 computes everything and changes nothing.
 
     Raises:
         UserError: if it cannot run on ``device``.
     """
 
-    def __init__(self, model: nn.Module, implementation: str, device: torch.device, rate: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, implementation: str, device: torch.device) -> None:
         self.config = OptimizerConfig()
         self.weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.rounded = [parameter for parameter in self.weights if parameter.dtype != torch.float32]
@@ -75,25 +77,24 @@ class Update:
         for group in groups:
             group["params"] = [master.get(parameter, parameter) for parameter in group["params"]]
         self.optimizer = optimizer_of(groups, implementation, self.config, device)
+
+    def step(self, rate: float = 0.0) -> None:
+        """From the gradients that the weights hold; a rate of 0 computes everything and changes nothing."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-
-    def step(self) -> None:
-        """From the gradients that the weights hold."""
         held = [parameter for parameter in self.weights if parameter.grad is not None]
         torch.nn.utils.clip_grad_norm_(held, self.config.clip_grad_norm)
-        for weight, master in zip(self.rounded, self.masters, strict=True):
-            if weight.grad is None:
-                master.grad = None
-            elif master.grad is None:
-                master.grad = torch.empty_like(master)
         pairs = [(m, w) for m, w in zip(self.masters, self.rounded, strict=True) if w.grad is not None]
-        if pairs:
-            torch._foreach_copy_([m.grad for m, _ in pairs], [w.grad for _, w in pairs])
-        self.optimizer.step()
-        if pairs:
-            with torch.no_grad():
-                torch._foreach_copy_([w for _, w in pairs], [m for m, _ in pairs])
+        masters = [m for m, _ in pairs]
+        for master in masters:
+            if master.grad is None:
+                master.grad = torch.empty_like(master)
+        with torch.no_grad():
+            if pairs:
+                torch._foreach_copy_([m.grad for m in masters], [w.grad for _, w in pairs])
+            self.optimizer.step()
+            if pairs:
+                torch._foreach_copy_([w for _, w in pairs], masters)
 
     def state_bytes(self) -> int:
         """Float32 copies of weights and gradients, and the moments, as they are after a first step."""
@@ -115,7 +116,7 @@ def optimizer_of(
 
 def compare(options: argparse.Namespace) -> int:
     """A row for each implementation; 1 if one that can run fails or is wrong."""
-    device = torch.device(options.device)
+    device, deadline = torch.device(options.device), Deadline(options.seconds)
     rows = harness.Rows(options.output, device)
     ceilings = harness.measure_ceilings(device) if device.type == "cuda" else None
     torch.manual_seed(0)
@@ -128,17 +129,21 @@ def compare(options: argparse.Namespace) -> int:
     failed = False
     for name in options.implementations:
         row: dict[str, Any] = head | {"implementation": name}
+        if deadline.left() <= 0:
+            rows.append(row | {"benchmark": "optimizers_skipped", "reason": "the time given by --seconds is over"})
+            continue
         try:
             error = distance(first_change(model, name, device), truth)
             optimizer = stepped(model, name, device)
-            times = harness.measure(lambda _, step=optimizer.step: step(), 1, options.seconds, clock_of(device))
+            times = harness.measure(partial(one_step, optimizer), 1, SECONDS, clock_of(device))
         except UserError as refusal:
-            rows.append(row | {"skipped": str(refusal)})
+            rows.append(row | {"benchmark": "optimizers_skipped", "reason": f"cannot run here: {refusal}"})
             print(f"{options.model} {name}: skipped: {refusal}", flush=True)
             continue
         except Exception as fault:
-            rows.append(row | {"skipped": f"it failed: {type(fault).__name__}: {first_line(fault)}"})
-            print(f"{options.model} {name}: failed: {type(fault).__name__}: {first_line(fault)}", flush=True)
+            reason = f"{type(fault).__name__}: {first_line(fault)}"
+            rows.append(row | {"benchmark": "optimizers_skipped", "reason": reason})
+            print(f"{options.model} {name}: failed: {reason}", flush=True)
             failed = True
             continue
         row |= {**times.row(), "error": error, "floor_bytes": MOVED * numbers}
@@ -149,6 +154,10 @@ def compare(options: argparse.Namespace) -> int:
         print(f"{options.model} {name}: {times.p50 * 1e3:.3f} ms a step{share}, change off by {error:.1e}", flush=True)
         failed |= not error < 1e-3
     return int(failed)
+
+
+def one_step(optimizer: torch.optim.Optimizer, _: int) -> None:
+    optimizer.step()
 
 
 def stepped(model: nn.Module, name: str, device: torch.device) -> torch.optim.Optimizer:

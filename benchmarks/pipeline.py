@@ -8,13 +8,13 @@ them. Every file is read once before, so that no disk is measured. The loader is
 the set, PyTorch's DataLoader otherwise, as in training. A step is whole: standardised maps, both passes, clipping,
 AdamW, new weights.
 
-The three take turns of about ``--seconds``. Each turn of a loader is of a new one, whose first batches, as many as it
-may hold ready, are not counted: what is measured is what it keeps up. Nothing loads while the step alone is timed.
+The three take turns of about ``--turn-seconds``. Each turn of a loader is of a new one, whose first batches, as many as
+it may hold ready, are not counted: what is measured is what it keeps up. Nothing loads while the step alone is timed.
 
 Rows of ``benchmarks/results/pipeline.jsonl`` ("benchmark": "pipeline"), one for each arm and loader:
 
-    model, precision, batch, device, arm, backend, attention, compiled, compile_mode, optimizer
-    loader, decoder, decode_on, workers, cpus, data, pairs, image_bytes, map_bytes, cache, seconds, repetitions
+    model, override, precision, batch, device, arm, backend, attention, compiled, compile_mode, optimizer
+    loader, decoder, decode_on, workers, cpus, data, pairs, image_bytes, map_bytes, cache, turn_seconds, repetitions
     p20_, p50_, p80_images_per_second      files to gradients
     step_images_per_second, loader_images_per_second     medians of each alone
     share_of_step         p50_images_per_second over that of the step alone
@@ -40,12 +40,13 @@ import torch
 
 from benchmarks import harness
 from benchmarks.clocks import synchronize
+from benchmarks.deadline import Deadline, NotReadyError
 from benchmarks.loading_pairs import warm
 from benchmarks.optimizers import NAMES as OPTIMIZERS
 from benchmarks.pipeline_turns import LEAST, Step, drop, load, steps
-from benchmarks.step_arms import PEER, PRECISIONS, Variant, release
+from benchmarks.step_arms import PEER, PRECISIONS, Variant, config_of, release
 from benchmarks.step_turns import reason_of
-from sgmim_fast.config import DataConfig, PretrainConfig, TrainConfig
+from sgmim_fast.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from sgmim_fast.data.batches import Loader
 from sgmim_fast.data.dali_batch import IN_WORK
 from sgmim_fast.data.dali_loader import FINISHED
@@ -75,6 +76,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=2048, help="scenes to render (default: 2048)")
     parser.add_argument("--size", type=int, default=256, help="their side in pixels (default: 256)")
     parser.add_argument("--model", default="sgmim_swin_base", choices=list(MODELS), metavar="NAME")
+    parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of ModelConfig")
     parser.add_argument("--batch", type=int, default=128, help="pairs a step (default: 128)")
     parser.add_argument("--precision", choices=PRECISIONS[:2], default="fp32", help="of weights and activations")
     parser.add_argument("--backends", nargs="+", default=["auto"], metavar="BACKEND[+WORD...]", help="arms")
@@ -87,8 +89,9 @@ def arguments() -> argparse.ArgumentParser:
         default=len(os.sched_getaffinity(0)),
         help="processes (torch) or threads (dali) of the loader (default: one a core)",
     )
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each turn (default: 8)")
+    parser.add_argument("--turn-seconds", type=float, default=8.0, help="of each turn (default: 8)")
     parser.add_argument("--repetitions", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("--seconds", type=float, help="for everything; arms that are not ready then are skipped")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     return parser
@@ -105,21 +108,22 @@ def compare(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     if device.type == "cuda":
         device = harness.gpu()
-    rows = harness.Rows(options.output, device)
+    rows, deadline = harness.Rows(options.output, device), Deadline(options.seconds)
+    model = config_of(MODELS[options.model], options)
     failed = False
     with data_set(options) as path:
-        pairs = open_pairs(path, structure=MODELS[options.model].guidance != "none")
+        pairs = open_pairs(path, structure=model.guidance != "none")
         sizes = warm(pairs)
         for variant in variants:
             for loader in options.loaders:
                 row = head_of(options, variant, path, pairs, sizes)
                 try:
-                    row |= measure(options, variant, loader, path, pairs, device)
+                    row |= measure(options, model, variant, loader, pairs, device, deadline)
                 except UserError as refusal:
                     row |= {"benchmark": "pipeline_skipped", "loader": loader, "reason": f"cannot run here: {refusal}"}
                 except Exception as error:
                     row |= {"benchmark": "pipeline_skipped", "loader": loader, "reason": reason_of(error)}
-                    failed = True
+                    failed |= not isinstance(error, NotReadyError)
                 rows.append(row)
                 print(line_of(row), flush=True)
                 release(device)
@@ -147,6 +151,7 @@ def head_of(options: argparse.Namespace, variant: Variant, path: Path, pairs: Pa
     return {
         "benchmark": "pipeline",
         "model": options.model,
+        "override": options.override,
         "precision": options.precision,
         "batch": options.batch,
         "device": options.device,
@@ -163,7 +168,7 @@ def head_of(options: argparse.Namespace, variant: Variant, path: Path, pairs: Pa
         "image_bytes": sizes[0],
         "map_bytes": sizes[1],
         "cache": "warm",
-        "seconds": options.seconds,
+        "turn_seconds": options.turn_seconds,
         "repetitions": options.repetitions,
     }
 
@@ -172,11 +177,17 @@ def head_of(options: argparse.Namespace, variant: Variant, path: Path, pairs: Pa
 
 
 def measure(
-    options: argparse.Namespace, variant: Variant, loader: str, path: Path, pairs: Pairs, device: torch.device
+    options: argparse.Namespace,
+    model: ModelConfig,
+    variant: Variant,
+    loader: str,
+    pairs: Pairs,
+    device: torch.device,
+    deadline: Deadline,
 ) -> Row:
     config = PretrainConfig(
-        model=MODELS[options.model],
-        data=DataConfig(path=str(path), workers=options.workers, loader=loader, decode_on=options.decode_on),  # type: ignore[arg-type]
+        model=model,
+        data=DataConfig(workers=options.workers, loader=loader, decode_on=options.decode_on),  # type: ignore[arg-type]
         train=TrainConfig(batch_size=options.batch),
     )
     chosen = choose_loader(pairs, config)[0]
@@ -185,22 +196,23 @@ def measure(
     def new_loader() -> Loader:
         return build_loader(pairs, config, rank=0, world_size=1, device=device)
 
-    step = Step(config.model, variant, options.precision, options.optimizer, device)
-    with new_loader() as batches:
-        resident = {name: value.clone() for name, value in step.moved(next(batches)).items()}
-    for _ in range(LEAST):
-        loss = step(resident)
-    synchronize(device)
+    with deadline.limit(reserve=3 * options.repetitions * options.turn_seconds):
+        step = Step(model, variant, options.precision, options.optimizer, device)
+        with new_loader() as batches:
+            resident = {name: value.clone() for name, value in step.moved(next(batches)).items()}
+        for _ in range(LEAST):
+            step(resident)
+        synchronize(device)
     alone, loading, fed = [], [], []
     ready = max(2 * options.workers, IN_WORK + FINISHED + 1)
     for _ in range(options.repetitions):
-        alone.append(steps(step, lambda: resident, options.seconds)[0])
+        alone.append(steps(step, lambda: resident, options.turn_seconds)[0])
         with new_loader() as batches:
             drop(batches, ready)
-            loading.append(load(batches, step, options.seconds))
+            loading.append(load(batches, step, options.turn_seconds))
         with new_loader() as batches:
             drop(batches, ready)
-            turn, loss = steps(step, batches.__next__, options.seconds)
+            turn, loss = steps(step, batches.__next__, options.turn_seconds)
             fed.append(turn)
     if not math.isfinite(loss.item()):
         raise RuntimeError(f"the last loss is {loss.item()}")

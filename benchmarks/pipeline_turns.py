@@ -13,6 +13,7 @@ from benchmarks.optimizers import Update
 from benchmarks.step_arms import Variant
 from sgmim_fast.config import ModelConfig
 from sgmim_fast.data.batches import Batch, Loader
+from sgmim_fast.models.sgmim import PretrainOutput
 from sgmim_fast.tasks.pretrain import PretrainTask
 
 IN_FLIGHT = 4  # steps that the host may be ahead of the device
@@ -29,28 +30,40 @@ class Turn:
 
 
 class Step:
-    """Whole training steps of one implementation; its rate is 0, so that every step is of the same weights."""
+    """Whole training steps of one implementation.
+
+    Args:
+        seed: of the first weights.
+
+    The learning rate is 0, so that every step is of the same weights, unless ``rate`` is set.
+    """
 
     def __init__(
-        self, model: ModelConfig, variant: Variant, precision: str, optimizer: str, device: torch.device
+        self,
+        model: ModelConfig,
+        variant: Variant,
+        precision: str,
+        optimizer: str,
+        device: torch.device,
+        seed: int = 0,
     ) -> None:
-        self.device, self.graphs = device, variant.graphs
-        torch.manual_seed(0)
+        self.device, self.graphs, self.rate = device, variant.graphs, 0.0
+        torch.manual_seed(seed)
         self.task = PretrainTask(model, variant.backend, variant.attention, device=device)  # type: ignore[arg-type]
         if precision == "bf16":
             self.task.bfloat16()
         self.update = Update(self.task, optimizer, device)
         self.run: Callable[[Batch], Any] = variant.compile(self.task) if variant.compiled else self.task
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """From a batch on the device to new weights; the loss."""
+    def __call__(self, batch: Batch) -> PretrainOutput:
+        """From a batch on the device to new weights; the losses."""
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
         self.task.zero_grad(set_to_none=True)
-        loss: Tensor = self.run(batch).loss
-        loss.backward()
-        self.update.step()
-        return loss.detach()
+        out: PretrainOutput = self.run(batch)
+        out.loss.backward()
+        self.update.step(self.rate)
+        return PretrainOutput(*(None if loss is None else loss.detach() for loss in out))  # type: ignore[arg-type]
 
     def moved(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -83,7 +96,7 @@ def steps(step: Step, next_batch: Callable[[], Batch], seconds: float) -> tuple[
         host_waited += time.perf_counter() - before
         batch = step.moved(loaded)
         gaps.append((ends[-1], clock.mark()))
-        loss = step(batch)
+        loss = step(batch).loss
         images += len(batch["image"])
         ends.append(clock.mark())
         if step.device.type == "cuda" and len(ends) > IN_FLIGHT:

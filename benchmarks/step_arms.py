@@ -3,7 +3,7 @@
 import argparse
 import ast
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from benchmarks.clocks import synchronize
 from benchmarks.optimizers import Update
 from sgmim_fast.attention import ATTENTIONS
 from sgmim_fast.config import ModelConfig
+from sgmim_fast.config.checks import known_fields
 from sgmim_fast.errors import UserError
 from sgmim_fast.masking import STREAM_MASK, draw_cell_mask, mask_indices, sample_rng
 from sgmim_fast.models.registry import create_model
@@ -77,10 +78,25 @@ class Variant:
         return self.mode in ("reduce-overhead", "max-autotune")
 
 
+def fields_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of ``ModelConfig`` that ``--override`` changes."""
+    return {name: ast.literal_eval(value) for name, value in (word.split("=", 1) for word in options.override)}
+
+
+def config_of(model: ModelConfig, options: argparse.Namespace) -> ModelConfig:
+    """``model`` with what ``--override`` changes, and without drop path, which would draw other numbers in each arm.
+
+    Raises:
+        UserError: for an unknown field, or a combination that cannot be built.
+    """
+    fields = fields_of(options)
+    known_fields(ModelConfig, fields)
+    return replace(model, **{"drop_path_rate": 0.0, **fields})
+
+
 def create(options: argparse.Namespace) -> SGMIM:
     """The model that ``--model``, ``--override`` and ``--precision`` name."""
-    fields = {name: ast.literal_eval(value) for name, value in (word.split("=", 1) for word in options.override)}
-    model = create_model(options.model, **{"drop_path_rate": 0.0, **fields})
+    model = create_model(options.model, **{"drop_path_rate": 0.0, **fields_of(options)})
     return model.to(torch.bfloat16) if options.precision == "bf16" else model
 
 

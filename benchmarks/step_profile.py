@@ -64,6 +64,8 @@ def profiled(runner: Runner) -> Row:
     events = list(_record(runner, by_module))
     on_gpu = runner.device.type == "cuda"
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and not _is_range(e)]
+    if on_gpu and not kernels:
+        raise RuntimeError("the profiler shows no work of the GPU; the driver may keep its counters for root")
     found: Row = {"parts": None, "parts_by": "modules" if by_module else "kernels"}
     if by_module or (on_gpu and not runner.variant.graphs):
         parts = parts_of(events, on_gpu, by_module)

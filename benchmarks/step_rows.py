@@ -60,6 +60,8 @@ def finished_row(
     )
     off, error = deviations(arm.result, first.result), deviations(arm.result, truth)
     row = head_of(options, size, arm.runner.variant) | {
+        "steps": len(arm.turns),
+        "ready_seconds": arm.ready_seconds,
         "p20_seconds": p20,
         "p50_seconds": p50,
         "p80_seconds": p80,

@@ -1,13 +1,10 @@
 """Makes the arms of a training step ready, one after the other, and then lets them take turns."""
 
 import resource
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +12,12 @@ from torch._dynamo.utils import counters
 
 from benchmarks import harness
 from benchmarks.clocks import clock_of
+from benchmarks.deadline import Deadline, NotReadyError
 from benchmarks.step_arms import Runner, Seconds
 from benchmarks.step_parity import Result, result_of
 from sgmim_fast.errors import first_line
 
-RESERVE = 20.0  # seconds that the turns are left when time is short
+LEAST_TURNS = 3  # of each arm, whatever the time
 
 
 @dataclass
@@ -32,47 +30,10 @@ class Arm:
     step_memory_bytes: int
     graph_skips: int
     """Graphs of the compiled program that it does not run as CUDA graphs, though asked to."""
+    ready_seconds: float
+    """What making it ready took, compilation included."""
     turns: list[Seconds] = field(default_factory=list)
     """The mean step of each."""
-
-
-class NotReadyError(Exception):
-    """An arm could not be made ready in the time that is left."""
-
-
-class Deadline:
-    """When to begin nothing new."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self.end = None if seconds is None else time.monotonic() + seconds
-
-    def left(self) -> float:
-        return float("inf") if self.end is None else self.end - time.monotonic()
-
-    @contextmanager
-    def limit(self, reserve: float = RESERVE) -> Iterator[None]:
-        """Ends what is done within once only ``reserve`` seconds are left, a compilation too.
-
-        Raises:
-            NotReadyError: then.
-        """
-        if self.end is None:
-            yield
-            return
-        seconds = self.left() - reserve
-        if seconds <= 0:
-            raise NotReadyError("the time given by --seconds is over")
-
-        def stop(*_: Any) -> None:
-            raise NotReadyError(f"it was not ready after {seconds:.0f} s, all that --seconds left")
-
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
 
 def prepare(make: Callable[[], Runner], peak_on_host: Callable[[], int]) -> Arm:
@@ -81,36 +42,36 @@ def prepare(make: Callable[[], Runner], peak_on_host: Callable[[], int]) -> Arm:
     Args:
         peak_on_host: measures the memory of a step on the CPU.
     """
+    began, skipped = time.monotonic(), counters["inductor"]["cudagraph_skips"]
     runner = make()
-    skipped = counters["inductor"]["cudagraph_skips"]
-    if runner.device.type != "cuda":
-        runner.warm_up()
-        result = result_of(runner)
-        kept = activations_on_host(runner)
-        return Arm(runner, result, kept, peak_on_host(), 0)
-    torch.cuda.empty_cache()
-    reserved = torch.cuda.memory_reserved(runner.device)
+    reserved = reserved_bytes(runner.device)
     runner.warm_up()
-    result = result_of(runner)
+    seconds = time.monotonic() - began
+    if runner.device.type != "cuda":
+        return Arm(runner, result_of(runner), activations_on_host(runner), peak_on_host(), 0, seconds)
     skips = counters["inductor"]["cudagraph_skips"] - skipped
     if runner.variant.graphs:
-        del result  # its copies of the gradients are no part of the pool
         runner.drop_gradients()
-        torch.cuda.empty_cache()
-        pool = max(torch.cuda.memory_reserved(runner.device) - reserved, 0)
-        return Arm(runner, result_of(runner), None, pool, skips)
+        pool = max(reserved_bytes(runner.device) - reserved, 0)
+        return Arm(runner, result_of(runner), None, pool, skips, seconds)
+    result = result_of(runner)
     runner.hold_gradients()
     kept = activations_on_gpu(runner)
-    runner.hold_gradients()
     peak = harness.peak_bytes(runner.step)
     runner.drop_gradients()
-    return Arm(runner, result, kept, peak, skips)
+    return Arm(runner, result, kept, peak, skips, seconds)
 
 
-def take_turns(arms: dict[str, Arm], turns: int, steps: int) -> dict[str, str]:
-    """Let each arm take ``steps`` steps in its turn. Arms that fail are removed; returns why, by name."""
+def take_turns(arms: dict[str, Arm], turns: int, steps: int, deadline: Deadline) -> dict[str, str]:
+    """Let each arm take ``steps`` steps in its turn, until the time is over. Arms that fail are removed.
+
+    Returns:
+        Why, by name.
+    """
     failed = {}
-    for _ in range(turns):
+    for number in range(turns):
+        if number >= LEAST_TURNS and deadline.left() <= 0:
+            break
         for name, arm in list(arms.items()):
             try:
                 taken = arm.runner.turn(steps, clock_of(arm.runner.device))
@@ -143,6 +104,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 # -- memory
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What PyTorch has of a GPU's memory and uses, CUDA graphs' pools as a whole."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 def activations_on_gpu(runner: Runner) -> int:

@@ -18,6 +18,8 @@ memory, or is not ready in ``--seconds`` leaves a row that says so, and the othe
 Rows of ``benchmarks/results/train_step.jsonl``, each with its environment. "benchmark": "train_step":
 
     model, override, batch, device, threads, precision, arm, backend, attention, compiled, compile_mode, optimizer
+    steps, steps_a_turn           turns of the arm, and steps in each
+    ready_seconds                 until the arm was warm, compilation included
     p20_, p50_, p80_seconds       forward and backward pass; images_per_second = batch / p50_seconds
     forward_, backward_, update_, step_p50_seconds    parts, and the whole step: passes, clipping, optimizer, new
                                   weights in the model's type; training_images_per_second = batch / step_p50_seconds
@@ -25,7 +27,7 @@ Rows of ``benchmarks/results/train_step.jsonl``, each with its environment. "ben
     ratios, step_ratios           the same against each arm of backend "reference", passes alone and whole steps
     activation_bytes              what forward keeps for backward; None with CUDA graphs, whose pool hides it
     step_memory_bytes             the most that both passes need beside weights, gradients and inputs; with CUDA graphs
-                                  what their pool has reserved
+                                  what their pool has reserved, gradients included
     state_bytes                   weights, gradients, and what the optimizer holds
     loss_deviation, gradient_norm_deviation, gradient_deviation    from the yardstick, relative
     loss_error, gradient_norm_error, gradient_error                from the plain path in float64, relative
@@ -43,23 +45,27 @@ Rows of ``benchmarks/results/train_step.jsonl``, each with its environment. "ben
 import argparse
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import harness
+from benchmarks.deadline import Deadline
 from benchmarks.harness import Ceilings, Rows
 from benchmarks.optimizers import NAMES as OPTIMIZERS
 from benchmarks.step_arms import PRECISIONS, Runner, Variant, build, release
 from benchmarks.step_parity import Result, truth_of
 from benchmarks.step_profile import profiled
 from benchmarks.step_rows import finished_row, line_of, model_flops, skipped_row
-from benchmarks.step_turns import Arm, Deadline, peak_of_this_process, prepare, reason_of, take_turns
+from benchmarks.step_turns import Arm, peak_of_this_process, prepare, reason_of, take_turns
 from sgmim_fast.errors import UserError, one_line_errors
 
 RESULTS = harness.RESULTS / "train_step.jsonl"
 CANNOT = "cannot run here: "
+EXCUSED = (CANNOT, "out of memory", "the time", "it was not ready")
+"""How the reasons begin that are no faults."""
 
 
 def main() -> None:
@@ -144,10 +150,10 @@ def compare_at(
         print(f"{options.model} {name}, batch {size}: failed: {reason}", flush=True)
 
     arms, truth, reasons = ready(size, options, device, deadline)
-    reasons |= take_turns(arms, options.steps, options.burst)
+    reasons |= take_turns(arms, options.steps, options.burst, deadline)
     for name, reason in reasons.items():
         skip(name, reason)
-        failed |= not reason.startswith((CANNOT, "out of memory", "the time", "it was not ready"))
+        failed |= not reason.startswith(EXCUSED)
     flops = model_flops(options, size) if arms else 0
     for name in arms:
         assert truth is not None, "an arm ran"
@@ -179,10 +185,8 @@ def ready(
         variant = Variant.parse(name)
         try:
             with deadline.limit():
-                arms[name] = prepare(
-                    lambda variant=variant: Runner(model, inputs, variant, options.precision, optimizer),
-                    lambda name=name: peak_in_child(name, size),
-                )
+                make = partial(Runner, model, inputs, variant, options.precision, optimizer)
+                arms[name] = prepare(make, partial(peak_in_child, name, size))
         except UserError as refusal:
             if not arms and not reasons:  # without a yardstick there is nothing to tell
                 raise
@@ -201,8 +205,7 @@ def where_time_goes(arm: Arm) -> dict[str, Any]:
     except Exception as error:
         return {"parts": None, "parts_failed": reason_of(error)}
     if arm.runner.variant.graphs:
-        found["cuda_graphs"] = found.get("graph_launches", 0) > 0
-        found["cuda_graph_skips"] = arm.graph_skips
+        found |= {"cuda_graphs": found.get("graph_launches", 0) > 0, "cuda_graph_skips": arm.graph_skips}
     return found
 
 

@@ -1,0 +1,261 @@
+"""Short trainings that should come to the same: the plain path and a fast one on the same data from the same weights.
+
+    python -m benchmarks.parity                                   1,000 steps; on a GPU of backend triton in bf16
+    python -m benchmarks.parity --backends triton triton+compile --precision fp32
+    python -m benchmarks.parity --steps 200 --override image_size=64
+
+A small model (that of the recipe ``demo``) learns from rendered scenes, or from --data. All arms of one seed get the
+same batches, step by step, and begin with the same weights; ``reference`` runs once more with another seed, which draws
+other weights, another order, other crops and masks. Rounding makes the curves of two implementations part in the end;
+they may not end further apart than the curves of two seeds do, by the mean loss of the last steps.
+
+One row of ``benchmarks/results/parity.jsonl`` is one comparison ("benchmark": "parity"):
+
+    model, override, batch, precision, device, peak_rate, seeds, data, pairs
+    steps, planned_steps   done, and those that the learning rate was planned for
+    points               steps behind which there is a point of the curves
+    curves               [{"arm", "seed", "loss", "image_loss", "structure_loss"}, ...]: means since the point before
+    last, final          how many steps, and the mean losses of each curve over them, in the order of the curves
+    spread               of each loss: between the two seeds of reference, in ``final``
+    differences          {arm: {loss: between the arm and reference, in ``final``}}
+    first_deviation, largest_deviation     {arm: of a step's loss from reference's, relative: first step, worst step}
+    within_spread        {arm: whether its difference of the whole loss is no larger than the spread}
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.deadline import Deadline
+from benchmarks.pipeline_turns import Step
+from benchmarks.step_arms import PEER, PRECISIONS, Variant, config_of
+from sgmim_fast.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, ScheduleConfig, TrainConfig
+from sgmim_fast.data.batches import Loader
+from sgmim_fast.data.loading import build_loader
+from sgmim_fast.data.members import Pairs
+from sgmim_fast.data.scenes.synthetic import render_dataset
+from sgmim_fast.data.sources import open_pairs
+from sgmim_fast.errors import UserError, one_line_errors
+from sgmim_fast.recipes import MODELS, RECIPES
+from sgmim_fast.train.optim import learning_rate
+
+RESULTS = harness.RESULTS / "parity.jsonl"
+PLAIN = "reference"
+LOSSES = ("loss", "image_loss", "structure_loss")
+POINTS = 100  # of a curve
+WARM_UP = 0.05  # of the steps
+DIGITS = 6
+Row = dict[str, Any]
+
+
+def main() -> None:
+    options = arguments().parse_args()
+    with one_line_errors():
+        raise SystemExit(compare(options))
+
+
+def arguments() -> argparse.ArgumentParser:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", choices=["demo", *MODELS], metavar="NAME", help="(default: demo)")
+    parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of ModelConfig")
+    default = ["triton" if on_gpu else "torch"]
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=default,
+        metavar="BACKEND[+WORD...]",
+        help=f"arms to hold against {PLAIN} (default: {default[0]})",
+    )
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--last", type=int, default=50, help="steps whose mean loss is compared (default: 50)")
+    parser.add_argument("--batch", type=int, default=16, help="pairs a step (default: 16)")
+    parser.add_argument("--rate", type=float, default=0.016, help="peak learning rate for 512 pairs (default: 0.016)")
+    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 1))
+    precision = "bf16" if on_gpu else "fp32"
+    parser.add_argument("--precision", choices=PRECISIONS[:2], default=precision, help=f"(default: {precision})")
+    parser.add_argument("--data", type=Path, metavar="SET", help="folder, list or shards; default: scenes")
+    parser.add_argument("--pairs", type=int, default=512, help="scenes to render (default: 512)")
+    workers = min(4, len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=workers, help="of each loader; 0 loads in this process")
+    parser.add_argument("--seconds", type=float, help="for everything; the trainings end at the step they have come to")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
+    return parser
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Train all arms side by side, write a row and print a line for each; 1 if one ends beyond the spread."""
+    check(options)
+    device = torch.device(options.device)
+    rows = harness.Rows(options.output, device)
+    model = config_of(RECIPES["demo"]().model if options.model == "demo" else MODELS[options.model], options)
+    with data_set(options, model) as path:
+        pairs = open_pairs(path, structure=model.guidance != "none")
+        histories, steps = train(options, model, path, pairs, device)
+    row = head_of(options, len(pairs)) | judged(histories, steps, options)
+    rows.append(row)
+    for arm, within in row["within_spread"].items():
+        print(
+            f"{row['model']} {row['precision']}, {row['steps']} steps: {arm} ends "
+            f"{row['differences'][arm]['loss']:.2e} from {PLAIN}, two seeds {row['spread']['loss']:.2e} from each "
+            f"other: {'within' if within else 'BEYOND'} the spread; a step's loss off by "
+            f"{row['largest_deviation'][arm]:.1e} at most"
+        )
+    return int(not all(row["within_spread"].values()))
+
+
+def check(options: argparse.Namespace) -> None:
+    for name in ("steps", "last", "batch", "pairs"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} must be 1 or more")
+    if options.last > options.steps:
+        raise UserError(f"--last {options.last} is more than --steps {options.steps}; lower it")
+    if options.seeds[0] == options.seeds[1]:
+        raise UserError(f"--seeds {options.seeds[0]} {options.seeds[1]} must differ: their spread is the yardstick")
+    for name in options.backends:
+        if Variant.parse(name).backend in (PLAIN, PEER):
+            raise UserError(f"--backends {name}: arms are torch or triton, with or without +compile and others")
+
+
+@contextmanager
+def data_set(options: argparse.Namespace, model: ModelConfig) -> Iterator[Path]:
+    """The user's, or scenes of the model's size in a temporary folder."""
+    if options.data is not None:
+        yield options.data
+        return
+    with tempfile.TemporaryDirectory(prefix="sgmim-parity-") as folder:
+        yield render_dataset(Path(folder) / "scenes", count=options.pairs, size=max(model.hw), seed=0)
+
+
+def head_of(options: argparse.Namespace, pairs: int) -> Row:
+    return {
+        "benchmark": "parity",
+        "model": options.model,
+        "override": options.override,
+        "batch": options.batch,
+        "planned_steps": options.steps,
+        "precision": options.precision,
+        "device": options.device,
+        "peak_rate": options.rate,
+        "seeds": list(options.seeds),
+        "data": "scenes" if options.data is None else options.data.absolute().name,
+        "pairs": pairs,
+    }
+
+
+# -- training
+
+
+class History:
+    """The losses of every step of one arm, kept on its device until the end."""
+
+    def __init__(self, arm: str, seed: int, step: Step, steps: int) -> None:
+        self.arm, self.seed, self.step = arm, seed, step
+        self.losses = torch.full((steps, len(LOSSES)), torch.nan, dtype=torch.float64, device=step.device)
+
+    def take(self, number: int, batch: dict[str, torch.Tensor], rate: float) -> None:
+        self.step.rate = rate
+        out = self.step(batch)
+        for place, loss in enumerate(out):
+            if loss is not None:
+                self.losses[number, place] = loss
+
+
+def train(
+    options: argparse.Namespace, model: ModelConfig, path: Path, pairs: Pairs, device: torch.device
+) -> tuple[list[History], int]:
+    """Histories of reference, the other arms, reference with the second seed; and how many steps they have."""
+    first, second = options.seeds
+    deadline, done = Deadline(options.seconds), 0
+
+    def history(name: str, seed: int) -> History:
+        step = Step(model, Variant.parse(name), options.precision, "adamw", device, seed)
+        return History(name, seed, step, options.steps)
+
+    same = [history(name, first) for name in (PLAIN, *options.backends)]
+    other = history(PLAIN, second)
+    optimizer = OptimizerConfig(lr=options.rate)
+    schedule = ScheduleConfig(epochs=1, warmup_epochs=WARM_UP, warmup_lr=0.0, min_lr=options.rate / 100)
+    with ExitStack() as stack:
+        loaders = [stack.enter_context(loader(options, model, path, pairs, device, seed)) for seed in options.seeds]
+        while done < options.steps and (done < max(options.last, every(options)) or deadline.left() > 0):
+            rate = learning_rate(done, options.steps, options.batch, optimizer, schedule)
+            for batches, arms in zip(loaders, (same, [other]), strict=True):
+                batch = {name: value.to(device) for name, value in next(batches).items()}
+                for arm in arms:
+                    arm.take(done, batch, rate)
+            done += 1
+    return [*same, other], done
+
+
+def loader(
+    options: argparse.Namespace, model: ModelConfig, path: Path, pairs: Pairs, device: torch.device, seed: int
+) -> Loader:
+    config = PretrainConfig(
+        model=model,
+        data=DataConfig(path=str(path), workers=options.workers, loader="torch"),
+        train=TrainConfig(batch_size=options.batch, seed=seed),
+    )
+    return build_loader(pairs, config, rank=0, world_size=1, device=device)
+
+
+# -- what the curves say
+
+
+def judged(histories: list[History], steps: int, options: argparse.Namespace) -> Row:
+    """Curves in short, and how far they end apart; the first is the yardstick, the last its other seed."""
+    losses = [history.losses[:steps].cpu() for history in histories]
+    width = every(options)
+    points = list(range(width, steps + 1, width))
+    kept = [place for place in range(len(LOSSES)) if not all(x[:, place].isnan().all() for x in losses)]
+    curves: list[Row] = []
+    final: list[dict[str, float]] = []
+    for history, values in zip(histories, losses, strict=True):
+        short = values[: points[-1]].unflatten(0, (len(points), width)).mean(1)
+        end = values[-options.last :].mean(0)
+        curve = {LOSSES[place]: [rounded(x) for x in short[:, place].tolist()] for place in kept}
+        curves.append({"arm": history.arm, "seed": history.seed, **curve})
+        final.append({LOSSES[place]: end[place].item() for place in kept})
+    plain, *others, second = final
+    arms = options.backends
+    differences = {
+        arm: {name: abs(value - plain[name]) for name, value in end.items()}
+        for arm, end in zip(arms, others, strict=True)
+    }
+    spread = {name: abs(value - plain[name]) for name, value in second.items()}
+    whole = losses[0][:, 0]
+    off = {arm: (x[:, 0] - whole).abs() / whole.abs() for arm, x in zip(arms, losses[1:-1], strict=True)}
+    return {
+        "steps": steps,
+        "points": points,
+        "curves": curves,
+        "last": options.last,
+        "final": final,
+        "spread": spread,
+        "differences": differences,
+        "first_deviation": {arm: x[0].item() for arm, x in off.items()},
+        "largest_deviation": {arm: x.max().item() for arm, x in off.items()},
+        # A loss that is not a number is within nothing.
+        "within_spread": {arm: differences[arm]["loss"] <= spread["loss"] for arm in arms},
+    }
+
+
+def every(options: argparse.Namespace) -> int:
+    """Steps between two points of a curve."""
+    return max(1, options.steps // POINTS)
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+if __name__ == "__main__":
+    main()

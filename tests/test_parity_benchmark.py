@@ -1,0 +1,118 @@
+"""The benchmark that trains the plain path and a fast one side by side."""
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import parity
+from benchmarks.deadline import Deadline
+from sgmim_fast.models.sgmim import PretrainOutput
+from tests.kernel_cases import DEVICE
+
+SMALL = ["--override", "image_size=64", "embed_dim=8", "depths=(1,1)", "num_heads=(1,1)", "window_size=4"]
+SMALL += ["--pairs", "12", "--batch", "2", "--workers", "0", "--device", DEVICE, "--precision", "fp32"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, path: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    monkeypatch.setattr("sys.argv", ["parity", *SMALL, *words, "--output", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        parity.main()
+    (line,) = path.read_text().splitlines()
+    return int(ended.value.code or 0), json.loads(line)
+
+
+def test_fast_paths_learn_as_the_plain_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--steps", "2", "--last", "2", "--backends", "torch", "triton"]
+    status, row = run(monkeypatch, tmp_path / "rows.jsonl", *words)
+    assert status == 0
+    assert (row["steps"], row["points"]) == (2, [1, 2])
+    plain, torch_, triton, other = row["curves"]
+    assert [(curve["arm"], curve["seed"]) for curve in row["curves"]] == [
+        ("reference", 0), ("torch", 0), ("triton", 0), ("reference", 1)
+    ]  # fmt: skip
+    for name in parity.LOSSES:
+        assert plain[name][0] != plain[name][1]
+        assert torch_[name] == pytest.approx(plain[name], rel=1e-4)
+        assert triton[name] == pytest.approx(plain[name], rel=1e-4)
+        assert other[name] != pytest.approx(plain[name], rel=1e-3)
+        mean = sum(plain[name]) / 2
+        assert row["final"][0][name] == pytest.approx(mean, rel=1e-5)
+    assert row["first_deviation"]["torch"] < 1e-5
+    assert row["within_spread"] == {"torch": True, "triton": True}
+    assert row["spread"]["loss"] > 10 * row["differences"]["triton"]["loss"]
+
+
+def test_an_arm_that_learns_something_else_is_beyond_the_spread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = parity.History.take
+
+    def wrong(self: parity.History, number: int, batch: dict[str, torch.Tensor], rate: float) -> None:
+        take(self, number, batch, rate)
+        if self.arm == "torch":
+            self.losses[number] += 0.1 * number
+
+    monkeypatch.setattr(parity.History, "take", wrong)
+    status, row = run(monkeypatch, tmp_path / "rows.jsonl", "--steps", "8", "--last", "1", "--backends", "torch")
+    assert status == 1
+    assert row["within_spread"] == {"torch": False}
+    assert row["first_deviation"]["torch"] < 1e-5
+    assert row["largest_deviation"]["torch"] > 0.1
+
+
+def test_trainings_end_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Deadline, "left", lambda self: 0.0)
+    status, row = run(monkeypatch, tmp_path / "rows.jsonl", "--steps", "8", "--last", "2", "--backends", "torch")
+    assert status == 0
+    assert (row["steps"], row["planned_steps"], row["points"]) == (2, 8, [1, 2])
+
+
+def test_curves_are_means_between_their_points() -> None:
+    step: Any = SimpleNamespace(device=torch.device("cpu"))
+
+    def history(arm: str, seed: int, offset: float) -> parity.History:
+        one = parity.History(arm, seed, step, 300)
+        for number in range(300):
+            value = torch.tensor(number + offset, dtype=torch.float64)
+            one.step = lambda batch, value=value: PretrainOutput(value, value, None)  # type: ignore[assignment,misc]
+            one.take(number, {}, 0.0)
+        return one
+
+    arms = [history("reference", 0, 1.0), history("torch", 0, 1.5), history("reference", 1, 3.0)]
+    options = argparse.Namespace(steps=300, last=50, backends=["torch"])
+    row = parity.judged(arms, 300, options)
+    assert row["points"] == list(range(3, 301, 3))
+    assert row["curves"][0]["loss"][:2] == [2.0, 5.0]
+    assert "structure_loss" not in row["curves"][0]
+    assert row["final"][0]["loss"] == sum(range(251, 301)) / 50
+    assert row["differences"] == {"torch": {"loss": 0.5, "image_loss": 0.5}}
+    assert row["spread"] == {"loss": 2.0, "image_loss": 2.0}
+    assert row["within_spread"] == {"torch": True}
+    assert row["first_deviation"]["torch"] == 0.5
+    assert row["largest_deviation"]["torch"] == 0.5
+    lost = history("torch", 0, float("nan"))
+    assert parity.judged([arms[0], lost, arms[2]], 300, options)["within_spread"] == {"torch": False}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "3"], "--last 50 is more than --steps 3"),
+        (["--seeds", "1", "1"], "must differ"),
+        (["--backends", "reference"], "arms are torch or triton"),
+        (["--backends", "torch+fast"], "'fast' in 'torch+fast' is unknown"),
+    ],
+)
+def test_bad_options_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["parity", *words, "--output", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit) as ended:
+        parity.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
