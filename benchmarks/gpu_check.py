@@ -133,8 +133,9 @@ def run_slice(one: Slice, progress: Rows, left: Budget, smoke: bool) -> list[str
 
 
 def command_of(step: Step, words: tuple[str, ...], path: Path, seconds: float) -> list[str]:
+    """Which begins nothing new shortly before it would be stopped."""
     command = [*MODULE, f"benchmarks.{step.module}", *words, "--output", str(path)]
-    return [*command, "--seconds", str(round(seconds - LEAST_SECONDS, 1))] if step.stops_itself else command
+    return [*command, "--seconds", str(round(max(seconds - LEAST_SECONDS, 1.0), 1))]
 
 
 def finished(name: str, command: list[str], seconds: float) -> int | None:

@@ -118,6 +118,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sgmim_swin_base", help="a name of sgmim_fast.recipes.MODELS")
     parser.add_argument("--batch", type=int, default=128, help="pairs a step")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for everything; each product gets its share")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, once each, on any device: does it work?")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     return parser
@@ -131,7 +132,8 @@ def run(options: argparse.Namespace) -> None:
     rows = Rows(options.output, device)
     ceilings = harness.measure_ceilings(device, clock_of(device), options.smoke)
     config = RECIPES["demo"]().model if options.smoke else MODELS[options.model]
-    rate, found = measure_products(config, options.batch, device, smoke=options.smoke)
+    each = min(0.1, options.seconds / 4 / len(products_of(config, options.batch)))
+    rate, found = measure_products(config, options.batch, device, each, options.smoke)
     head = {"benchmark": "products", "model": options.model, "batch": options.batch, "smoke": options.smoke}
     for product, count, times in found:
         own = product.flops / times.p50

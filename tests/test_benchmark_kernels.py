@@ -1,8 +1,5 @@
 """What the benchmark of the kernels times, whether that is right, and how it goes on where it was stopped."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -27,7 +24,7 @@ from benchmarks.peers import (
     flex_class_token_attention,
     flex_window_attention,
 )
-from benchmarks.rows import Row, read
+from benchmarks.rows import Row, Rows, read
 from benchmarks.shapes import all_cases, class_token_of, guidance_of, layer_case, norms_of, smoke_cases, window_case
 from sgmim_fast.errors import EXIT_PREEMPTED, UserError
 from sgmim_fast.recipes import MODELS
@@ -185,7 +182,7 @@ def test_flex_attention_is_class_token_attention() -> None:
 # -- the whole of it, in the smallest size
 
 
-SOME = ["--ops", "masked_l1", "layer_norm", "--implementations", "triton", "plain", "apex", "copy"]
+SOME = ["--ops", "gather_rows", "layer_norm", "--implementations", "triton", "plain", "apex", "copy"]
 
 
 def parsed(output: Path, *words: str) -> Any:
@@ -195,27 +192,25 @@ def parsed(output: Path, *words: str) -> Any:
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the interpreter")
 def test_smoke_run_goes_on_where_it_was_stopped(tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "kernels.jsonl"
-    command = [sys.executable, "-m", "benchmarks.kernels", "--smoke", "--dtypes", "fp32", "--output", str(output)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([*command, *SOME], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (verdict,) = read(tmp_path / "tests.jsonl")
-    assert (verdict["file"], verdict["status"]) == ("test_masked_l1", "green")
+    verdict = {"file": "test_masked_tokens", "select": kernels.SMOKE_TESTS, "status": "green", "said": "as before"}
+    Rows(tmp_path / "tests.jsonl", CPU).append(verdict)
+    assert kernels.run(parsed(output, *SOME), CPU) == 0
     rows = read(output)
     found = {(row["op"], row["implementation"], row.get("pass")): row for row in rows}
     assert len(found) == len(rows)
     for implementation, status in (("triton", "green"), ("plain", None)):
         for part in ("forward", "backward", "both"):
-            row = found["masked_l1", implementation, part]
+            row = found["gather_rows", implementation, part]
             assert 0 < row["p20_seconds"] <= row["p50_seconds"] <= row["p80_seconds"]
             assert row["correct"]
-            assert 0 < row["error"] < 1e-5
+            assert row["error"] == row["plain_error"] == 0
             assert row["bytes_per_second"] == row["floor_bytes"] / row["p50_seconds"]
             assert row["tests"] == status
             assert row["ceilings"]["products_flops_per_second"] > 0
-            assert "--smoke" in row["environment"]["command"]
+            assert row["smoke"]
     assert "Apex" in found["layer_norm", "apex", None]["failed"]
 
+    capsys.readouterr()
     assert kernels.run(parsed(output, *SOME), CPU) == 0
     assert "6 measured before" in capsys.readouterr().out
     assert kernels.run(parsed(output, *SOME, "--again", "--seconds", "0"), CPU) == EXIT_PREEMPTED
