@@ -23,7 +23,9 @@ help:
 	@echo "make check      lint, format, types and import direction"
 	@echo "make test       run the tests"
 	@echo "make gpu-check  test and time the kernels on a GPU, in under nine minutes; RESULTS=DIR takes the figures,"
-	@echo "                and with PYTHON=... nothing is set up: PyTorch, timm, pytest and hypothesis are enough"
+	@echo "                SLICE=NAME does another part (python -m benchmarks.gpu_check --list-slices), SLICE=all all of"
+	@echo "                them in 25 minutes; what is finished in RESULTS is not done again. With PYTHON=... nothing is"
+	@echo "                set up: PyTorch, timm, pytest and hypothesis are enough"
 	@echo "make test-triton-3.6  run the kernels' tests with the oldest supported PyTorch and Triton, in $(OLD_VENV)"
 	@echo "make clean      remove build outputs, caches and what the demo wrote"
 	@echo "make distclean  clean, and remove the environments as well"
@@ -92,7 +94,7 @@ test-triton-3.6: $(OLD_STAMP)
 	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -p benchmarks $(SHARED_OUT) $(KERNEL_TESTS)
 
 gpu-check: $(if $(PYTHON),,$(STAMP))
-	@$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(RESULTS:%=--results %)
+	@$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(RESULTS:%=--results %) $(SLICE:%=--slice %)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo scenes/demo

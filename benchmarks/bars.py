@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.rows import Row
+
 MEMORY_BOUND = (
     "gather_rows",
     "scatter_rows",
@@ -16,8 +16,11 @@ MEMORY_BOUND = (
 SHORT = 20e-6  # seconds; below, what a launch costs decides
 LAUNCH_MARGIN = 3e-6
 SMALL_WINDOWS = (6, 7, 12)
-PEERS = ("plain", "compiled", "max-autotune", "sdpa", "flex")
-MAIN_MODEL = "sgmim_swin_base"
+LEAST_BATCH = 32  # below, attention of small maps is a matter of launches
+ATTENTIONS = ("window_attention", "class_token_attention", "attention_layer")
+PEERS = ("plain", "compiled", "max-autotune", "sdpa", "xformers", "flex", "timm", "timm-fused")
+MAIN_MODEL, MODELS = "sgmim_swin_base", ("sgmim_swinv2_base", "sgmim_vit_base", "sgmim_swin_large")
+STEP = {"precision": "bf16", "batch": 128, "override": []}
 
 
 @dataclass(frozen=True)
@@ -32,22 +35,23 @@ class Bar:
 
 
 def bars(rows: Iterable[Row]) -> list[Bar]:
-    """All demands; those on kernels first."""
-    rows = list(rows)
-    kernels = [row for row in rows if row["benchmark"] == "kernels" and "p50_seconds" in row]
-    steps = [row for row in rows if row["benchmark"] == "train_step"]
+    """All demands, held against the rows of GPUs; those on kernels first."""
+    rows = [row for row in rows if "gpu" in row["environment"] and not row.get("smoke") and "p50_seconds" in row]
+    kernels = [row for row in rows if row["benchmark"] == "kernels"]
+    steps = [row for row in rows if row["benchmark"] == "train_step" and STEP.items() <= row.items()]
     return [*kernel_bars(kernels), *step_bars(steps)]
 
 
 def kernel_bars(rows: list[Row]) -> list[Bar]:
     ours = [row for row in rows if row["implementation"] == "triton"]
-    small = [row for row in ours if row["op"] == "window_attention" and window_of(row) in SMALL_WINDOWS]
+    windows = [row for row in ours if row["op"] == "window_attention" and row["batch"] >= LEAST_BATCH]
+    small = [row for row in windows if window_of(row) in SMALL_WINDOWS]
     found = []
     for part, least in (("forward", 0.7), ("backward", 0.6)):
         chosen = [row for row in small if row["pass"] == part]
         demand = f">= {least:.0%} of a copy of its bytes"
         found.append(lowest(f"window_attention {part}, windows 6, 7, 12", demand, chosen, share, least, "{:.0%}"))
-    attention = [row for row in ours if row["op"] in ("window_attention", "class_token_attention")]
+    attention = [row for row in ours if row["op"] in ATTENTIONS]
     beside = [row for row in attention if peer_times(row, rows)]
     found.append(
         lowest("attention, every shape", "faster than every peer", beside, lambda row: lead(row, rows), 1.0, "x{:.2f}")
@@ -58,7 +62,7 @@ def kernel_bars(rows: list[Row]) -> list[Bar]:
         lowest("guidance_attention", demand, guidance, lambda row: lead(row, rows, ("dense",)), 2.0, "x{:.2f}")
     )
     for op in MEMORY_BOUND:
-        chosen = [row for row in ours if row["op"] == op]
+        chosen = [row for row in ours if row["op"] == op and row["pass"] != "both"]
         large = [row for row in chosen if row["floor_seconds"] >= SHORT]
         short = [row for row in chosen if row["floor_seconds"] < SHORT]
         if large or not short:
@@ -73,12 +77,12 @@ def kernel_bars(rows: list[Row]) -> list[Bar]:
 
 def step_bars(rows: list[Row]) -> list[Bar]:
     found = []
-    for model in sorted({MAIN_MODEL, *(row["model"] for row in rows)}, key=lambda name: (name != MAIN_MODEL, name)):
-        mine = [row for row in rows if row["model"] == model]
-        ours = [row for row in mine if row["backend"] == "triton"]
-        best = sorted(ours, key=lambda row: row["p50_seconds"])[:1]
-        eager = [row for row in mine if row["backend"] == "reference" and not row["compiled"]][:1]
-        compiled = [row for row in mine if row["backend"] == "reference" and row["compiled"]][:1]
+    for model in (MAIN_MODEL, *MODELS):
+        mine = sorted((row for row in rows if row["model"] == model), key=lambda row: row["p50_seconds"])
+        best = [row for row in mine if row["backend"] == "triton"][:1]
+        plain = [row for row in mine if row["backend"] == "reference"]
+        eager = [row for row in plain if not row["compiled"]][:1]
+        compiled = [row for row in plain if row["compiled"]][:1]
         name = f"step of {model}"
         if model == MAIN_MODEL:
             found.append(against(name, ">= 3.0x plain, eager", best, eager, "p50_seconds", 3.0))

@@ -1,25 +1,24 @@
 """What every measurement on a GPU shares: timing by device events, ceilings of the same run, rows with their origin."""
 
-import json
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from benchmarks.rows import Rows
 from sgmim_fast.errors import UserError
-from sgmim_fast.train.environment import describe_environment
+
+__all__ = ["RESULTS", "Ceilings", "Rows", "Times", "gpu", "measure", "measure_ceilings", "peak_bytes", "percentiles"]
 
 RESULTS = Path(__file__).parent / "results"
 FASTEST_CLOCK = 2.5e9  # Hz; no GPU of the supported kinds counts faster, so a wait lasts at least as long as asked
 MOST_RUNS, FEWEST_RUNS = 200, 5
 COPIED_BYTES = 2 << 30
 MATRIX_SIDE = 8192
-QUERY = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+SMOKE_BYTES, SMOKE_SIDE = 1 << 22, 128
 
 
 def gpu() -> torch.device:
@@ -33,6 +32,11 @@ def gpu() -> torch.device:
             "no CUDA GPU is visible here; run this on a machine with one (and look at CUDA_VISIBLE_DEVICES)"
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def device(smoke: bool) -> torch.device:
+    """The GPU; for a run that only tries whether things work, the CPU where there is none."""
+    return gpu() if torch.cuda.is_available() or not smoke else torch.device("cpu")
 
 
 # -- timing
@@ -92,8 +96,14 @@ class Times:
         }
 
 
-def measure(call: Callable[[int], Any], sets: int = 1, seconds: float = 0.2, clock: Clock | None = None) -> Times:
-    """Time ``call(number)`` for input sets 0 .. sets - 1 in turns, about ``seconds`` long in all.
+def measure(
+    call: Callable[[int], Any],
+    sets: int = 1,
+    seconds: float = 0.2,
+    clock: Clock | None = None,
+    fewest: int = FEWEST_RUNS,
+) -> Times:
+    """Time ``call(number)`` for input sets 0 .. sets - 1 in turns, about ``seconds`` long, at least ``fewest`` times.
 
     The device is held before each call until the host has queued all of it: kernels then follow each other without
     gaps, and what is measured is the device's work alone. ``host`` tells where gaps would come from.
@@ -102,10 +112,10 @@ def measure(call: Callable[[int], Any], sets: int = 1, seconds: float = 0.2, clo
     for number in range(max(sets, 2)):
         call(number % sets)
     clock.wait()
-    host = min(_host_seconds(call, clock) for _ in range(3))
+    host = min(_host_seconds(call, clock) for _ in range(min(3, fewest)))
     wait = 1.5 * host + 50e-6
     once = clock.between(*_marks(call, 0, wait, clock))
-    runs = min(MOST_RUNS, max(FEWEST_RUNS, int(seconds / (once + wait))))
+    runs = min(MOST_RUNS, max(fewest, int(seconds / (once + wait))))
     marks = [_marks(call, number % sets, wait, clock, finish=False) for number in range(runs)]
     clock.wait()
     return Times(runs, *percentiles([clock.between(*pair) for pair in marks]), host)
@@ -141,8 +151,16 @@ def input_sets(size: int, cache: int) -> int:
     return min(64, 1 + -(-2 * cache // max(size, 1)))
 
 
+def l2_bytes(device: torch.device) -> int:
+    """Of a GPU's second cache; 0 elsewhere, where nothing is timed that would tell anything."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Most bytes that a call holds beyond what is held before it."""
+    """Most bytes of the GPU that a call holds beyond what is held before it; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        call()
+        return 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -156,7 +174,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this GPU does at best, measured in the same run as what is held against it."""
+    """What this device does at best, measured in the same run as what is held against it."""
 
     copy: float
     """Bytes a second of a large copy, those read and those written."""
@@ -164,57 +182,34 @@ class Ceilings:
     """FLOP/s of a large bf16 matrix product of random numbers."""
     launch: float
     """Seconds of a launch that does next to nothing."""
+    products: float | None = None
+    """FLOP/s of bf16 products at the shapes of a model's step (``benchmarks.products``), all of them one by one."""
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, float | None]:
         return {
             "copy_bytes_per_second": self.copy,
             "matrix_flops_per_second": self.matrix,
             "launch_seconds": self.launch,
+            "products_flops_per_second": self.products,
         }
 
+    def describe(self) -> str:
+        products = "" if self.products is None else f" ({self.products / 1e12:.3g} at the model's own shapes)"
+        return (
+            f"ceilings: copy {self.copy / 1e12:.3g} TB/s, bf16 products {self.matrix / 1e12:.3g} TFLOP/s{products}, "
+            f"empty launch {self.launch * 1e6:.1f} us"
+        )
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    source = torch.randn(COPIED_BYTES // 4, device=device)
+
+def measure_ceilings(device: torch.device, clock: Clock | None = None, smoke: bool = False) -> Ceilings:
+    """Copy, product and launch; small ones, once each, where it is only tried whether this works."""
+    copied, side = (SMOKE_BYTES, SMOKE_SIDE) if smoke else (COPIED_BYTES, MATRIX_SIDE)
+    seconds, fewest = (0.0, 1) if smoke else (0.2, FEWEST_RUNS)
+    source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
-    copy = measure(lambda _: target.copy_(source)).p50
-    a, b = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
-    matrix = measure(lambda _: a @ b).p50
+    copy = measure(lambda _: target.copy_(source), 1, seconds, clock, fewest).p50
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    matrix = measure(lambda _: a @ b, 1, seconds, clock, fewest).p50
     one = torch.zeros(1, device=device)
-    launch = measure(lambda _: one.zero_(), seconds=0.05).p50
-    return Ceilings(2 * COPIED_BYTES / copy, 2 * MATRIX_SIDE**3 / matrix, launch)
-
-
-# -- rows
-
-
-class Rows:
-    """Appends rows to a JSONL file, each with the environment it was measured in."""
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path = path
-        self.environment: dict[str, Any] = dict(describe_environment(device, 1))
-        if device.type == "cuda":
-            self.environment |= describe_gpu(device)
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "environment": self.environment}) + "\n")
-
-
-def describe_gpu(device: torch.device) -> dict[str, str | int]:
-    """What ``describe_environment`` leaves out: driver, clocks and sizes of the GPU."""
-    properties = torch.cuda.get_device_properties(device)
-    found: dict[str, str | int] = {
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "gpu_bytes": properties.total_memory,
-    }
-    if (tool := shutil.which("nvidia-smi")) is None:
-        return found | {"driver_version": "unknown: no nvidia-smi"}
-    command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", f"--id=GPU-{properties.uuid}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        return found | {"driver_version": f"unknown: nvidia-smi ended with status {done.returncode}"}
-    return found | dict(zip(QUERY, done.stdout.strip().split(", "), strict=True))
+    launch = measure(lambda _: one.zero_(), 1, min(seconds, 0.05), clock, fewest).p50
+    return Ceilings(2 * copied / copy, 2 * side**3 / matrix, launch)

@@ -1,29 +1,27 @@
-"""The GPU benchmarks, as far as they can be tried without a GPU: what they time, how, and what they make of it."""
+"""Timing, rows and where they come from, as far as that can be tried without a GPU."""
 
-import json
 import os
+import stat
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks import bars, gpu_check, harness, kernels, train_step
-from benchmarks.cases import all_cases, class_token_of, guidance_of, window_case
-from benchmarks.peers import Contender, contender, flex_class_token_attention, flex_window_attention
+from benchmarks import harness, origin, products, rows, tested
+from benchmarks.cases import PLAIN
+from benchmarks.clocks import HostClock
+from benchmarks.peers import NORMS
+from benchmarks.rows import Rows
+from sgmim_fast.config import ModelConfig
 from sgmim_fast.errors import UserError
-from sgmim_fast.recipes import MODELS
-from tests.kernel_cases import DEVICE
 
 ROOT = Path(__file__).parents[1]
-WINDOWS = window_case("tiny", batch=3, side=8, heads=2, window=4, shift=2, size=16, cosine=True)
 
 
 @pytest.mark.parametrize("module", ["kernels", "gpu_check"])
@@ -112,267 +110,189 @@ def test_inputs_outgrow_the_cache() -> None:
     assert harness.input_sets(1, 60 << 20) == 64
 
 
+def test_a_smoke_run_measures_once() -> None:
+    asked: list[int] = []
+    times = harness.measure(asked.append, seconds=0.0, clock=HostClock(), fewest=1)
+    assert times.runs == 1
+    assert len(asked) == 5  # two to warm up, one for the host's time, one for the length, one that counts
+
+
+def test_ceilings_of_the_host() -> None:
+    found = harness.measure_ceilings(torch.device("cpu"), HostClock(), smoke=True)
+    assert found.copy > 0
+    assert found.matrix > 0
+    assert found.row()["products_flops_per_second"] is None
+    assert found.describe().startswith("ceilings: copy ")
+
+
+def test_products_of_a_step_are_its_linear_layers() -> None:
+    config = ModelConfig(image_size=64, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 1, 1, 1), window_size=4)
+    found = products.products_of(config, batch=3)
+    # Stage 3 has two blocks on 4 x 4 tokens of 64 channels; fc1 forward, and its two gradients.
+    tokens = 3 * 4 * 4
+    assert found[products.Product(tokens, 64, 256, False, True)] == 2
+    assert found[products.Product(tokens, 256, 64, False, False)] == 2
+    assert found[products.Product(256, tokens, 64, True, False)] == 2
+    rate, measured = products.measure_products(config, 3, torch.device("cpu"), smoke=True)
+    assert rate > 0
+    assert len(measured) == len(found)
+
+
+# -- rows
+
+
 def test_rows_carry_their_environment(tmp_path: Path) -> None:
-    rows = harness.Rows(tmp_path / "new" / "rows.jsonl", torch.device("cpu"))
-    rows.append({"benchmark": "a"})
-    rows.append({"benchmark": "b"})
-    found = [json.loads(line) for line in rows.path.read_text().splitlines()]
+    written = harness.Rows(tmp_path / "new" / "rows.jsonl", torch.device("cpu"))
+    written.append({"benchmark": "a"})
+    written.append({"benchmark": "b"})
+    found = rows.read(written.path)
     assert [row["benchmark"] for row in found] == ["a", "b"]
-    assert {"commit", "torch", "triton", "command"} <= found[1]["environment"].keys()
+    environment = found[1]["environment"]
+    assert {"commit", "torch", "triton", "command"} <= environment.keys()
+    assert environment["sources"] == origin.sources()
+    assert environment["dirty"] == environment["commit"].endswith("+changes")
 
 
-# -- what is timed
+def test_a_row_that_was_cut_off_is_none(tmp_path: Path) -> None:
+    written = harness.Rows(tmp_path / "rows.jsonl", torch.device("cpu"))
+    written.append({"a": 1})
+    with written.path.open("a") as file:
+        file.write('{"a": 2')
+    assert [row["a"] for row in rows.read(written.path)] == [1]
+    written.append({"a": 3})
+    assert [row["a"] for row in rows.read(written.path)] == [1, 3]
 
 
-def test_cases_fit_the_plain_functions() -> None:
-    """On the meta device: shapes alone."""
-    names = []
-    for case in all_cases(batch=2):
-        names.append((case.op, case.name))
-        inputs = {name: torch.empty(shape, device="meta") for name, shape in case.shapes.items()}
-        for name in case.wanted():
-            inputs[name].requires_grad_()
-        if case.index is not None:
-            keyword, count, places = case.index
-            assert 0 < count < places
-            inputs[keyword] = torch.empty(case.batch, count, dtype=torch.int32, device="meta")
-        out = case.truth(**inputs)
-        assert out.requires_grad == (case.backward is not None)
-        read = sum(x.nbytes for name, x in inputs.items() if case.is_batched(name) and name not in case.fixed)
-        if case.index is None:  # all of the inputs is read, and the output written
-            assert case.forward(4).bytes == read + out.nbytes
-    assert len(set(names)) == len(names)
-    assert {op for op, _ in names} == set(bars.MEMORY_BOUND) | set(gpu_check.ATTENTION)
-
-
-def test_made_inputs_are_as_the_case_says() -> None:
-    case = next(case for case in all_cases(batch=2) if case.op == "masked_l1")
-    inputs = case.make(torch.float16, torch.device("cpu"), seed=0)
-    assert inputs["prediction"].dtype == torch.float16
-    assert inputs["prediction"].requires_grad
-    assert inputs["picture"].dtype == torch.float32
-    assert not inputs["picture"].requires_grad
-    index = inputs["index"]
-    assert (index.diff(dim=1) > 0).all()
-    assert 0 <= index.min() <= index.max() < 36
-    other = case.make(torch.float16, torch.device("cpu"), seed=1)["prediction"]
-    assert not torch.equal(inputs["prediction"], other)
-
-
-# -- whether it is right
-
-
-@pytest.mark.parametrize("name", ["triton", "plain", "sdpa"])
-def test_right_implementations_pass(name: str) -> None:
-    function = contender(name, WINDOWS)
-    assert function is not None
-    found = kernels.parity(name, function, WINDOWS, torch.float32, torch.device(DEVICE))
-    assert found.correct
-    assert found.error < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("spoil", "where"),
-    [
-        (lambda out, qkv, table: out * 1.001, "result"),
-        (lambda out, qkv, table: torch.cat((out[:-1], out[:1])), "result"),  # right but for the last sample
-        (lambda out, qkv, table: out + (table - table.detach()).sum(), "gradient of table"),
-        (lambda out, qkv, table: out * torch.nan, "result"),
-    ],
-)
-def test_wrong_implementations_are_named(spoil: Callable[..., Tensor], where: str) -> None:
-    function = Contender(lambda **inputs: spoil(WINDOWS.truth(**inputs), inputs["qkv"], inputs["table"]))
-    found = kernels.parity("triton", function, WINDOWS, torch.float32, torch.device(DEVICE))
-    assert not found.correct
-    assert found.worst == where
-
-
-def test_dense_attention_is_what_guidance_replaces() -> None:
-    case = guidance_of("tiny", MODELS["sgmim_swin_base"], batch=2)
-    function = contender("dense", case)
-    assert function is not None
-    assert kernels.parity("dense", function, case, torch.float32, torch.device("cpu")).correct
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("shift", [0, 2])
-def test_flex_attention_is_window_attention(shift: int) -> None:
-    case = replace(WINDOWS, constants={"window": 4, "shift": shift})
-    inputs = {name: x.detach() for name, x in case.make(torch.float32, torch.device("cpu"), 0).items()}
-    torch.testing.assert_close(flex_window_attention(**inputs, **case.constants), case.truth(**inputs))
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_is_class_token_attention() -> None:
-    case = class_token_of("tiny", replace(MODELS["sgmim_vit_base"], image_size=64, embed_dim=32, num_heads=(2,)), 2)
-    inputs = {name: x.detach() for name, x in case.make(torch.float32, torch.device("cpu"), 0).items()}
-    torch.testing.assert_close(flex_class_token_attention(**inputs, **case.constants), case.truth(**inputs))
-
-
-def test_variants_of_the_step() -> None:
-    assert train_step.Variant.parse("torch+sdpa+compile") == train_step.Variant(
-        "torch+sdpa+compile", "torch", "sdpa", True
-    )
-    assert train_step.Variant.parse("triton") == train_step.Variant("triton", "triton", "auto", False)
-    with pytest.raises(UserError, match=r"'fast' in 'triton\+fast' is unknown"):
-        train_step.Variant.parse("triton+fast")
-
-
-# -- what it amounts to
-
-
-def kernel_row(implementation: str, seconds: float, **more: Any) -> dict[str, Any]:
-    """A row as of a GPU that copies 1 GB in a millisecond."""
-    row = {
-        "benchmark": "kernels",
-        "op": "window_attention",
-        "case": "Swin-B",
-        "pass": "forward",
-        "dtype": "bf16",
-        "batch": 128,
-        "shapes": {"table": [121, 4]},
-        "implementation": implementation,
-        "p50_seconds": seconds,
-        "floor_seconds": 1e-3,
-        "share_of_copy": 1e-3 / seconds,
-        "ceilings": {"launch_seconds": 2e-6},
-    }
-    return row | more
-
-
-def step_row(backend: str, seconds: float, compiled: bool = False, **more: Any) -> dict[str, Any]:
-    row = {
-        "benchmark": "train_step",
-        "model": "sgmim_swin_base",
-        "backend": backend,
-        "compiled": compiled,
-        "p50_seconds": seconds,
-        "step_memory_bytes": int(seconds * 1e9),
-        "share_of_matrix": 0.1 / seconds,
-    }
-    return row | more
-
-
-def verdicts(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[bool | None, str]]:
-    return {(bar.what, bar.demand): (bar.met, bar.measured) for bar in bars.bars(rows)}
-
-
-def test_bars_of_kernels() -> None:
-    small = {"op": "gather_rows", "case": "few", "floor_seconds": 1e-6}
-    found = verdicts(
-        [
-            kernel_row("triton", 1.2e-3),
-            kernel_row("triton", 2e-3, case="Swin-L"),
-            kernel_row("plain", 9e-3),
-            kernel_row("sdpa", 1.1e-3),
-            kernel_row("copy", 1e-3),
-            kernel_row("triton", 5e-3, op="guidance_attention", case="guidance"),
-            kernel_row("dense", 11e-3, op="guidance_attention", case="guidance"),
-            kernel_row("triton", 1.1e-3, op="gather_rows", case="many"),
-            kernel_row("triton", 6e-6, **small),
-            kernel_row("triton", 4e-6, **(small | {"op": "masked_l1"})),
-        ]
-    )
-    names = "window_attention forward, windows 6, 7, 12", ">= 70% of a copy of its bytes"
-    assert found[names] == (False, "50% (Swin-L, forward)")
-    names = "window_attention backward, windows 6, 7, 12", ">= 60% of a copy of its bytes"
-    assert found[names] == (None, "-")
-    assert found["attention, every shape", "faster than every peer"] == (False, "x0.92 (Swin-B, forward)")
-    assert found["guidance_attention", ">= 2x SDPA over all tokens"] == (True, "x2.20 (guidance, forward)")
-    assert found["gather_rows", ">= 80% of a copy of its bytes"] == (True, "91% (many, forward)")
-    assert found["gather_rows, small", "<= 3 us beyond an empty launch"] == (False, "4.0 us (few, forward)")
-    assert found["masked_l1, small", "<= 3 us beyond an empty launch"] == (True, "2.0 us (few, forward)")
-    assert found["scatter_rows", ">= 80% of a copy of its bytes"] == (None, "-")
-
-
-def test_bars_of_the_training_step() -> None:
-    found = verdicts(
-        [
-            step_row("reference", 0.9),
-            step_row("reference", 0.4, compiled=True),
-            step_row("triton", 0.35),
-            step_row("triton", 0.3, compiled=True, step_memory_bytes=500_000_000),
-            step_row("triton", 0.3, model="sgmim_vit_base"),
-            step_row("reference", 0.33, compiled=True, model="sgmim_vit_base"),
-        ]
-    )
-    swin, vit = "step of sgmim_swin_base", "step of sgmim_vit_base"
-    assert found[swin, ">= 3.0x plain, eager"] == (True, "x3.00")
-    assert found[swin, ">= 1.4x plain, compiled"] == (False, "x1.33")
-    assert found[swin, "<= 0.5x the memory of plain"] == (False, "x1.80")
-    assert found[swin, ">= 40% of the matrix rate"] == (False, "33%")
-    assert found[vit, ">= 1.2x plain, compiled"] == (False, "x1.10")
-
-
-def test_table_of_bars() -> None:
-    lines = bars.table(bars.bars([kernel_row("triton", 1.2e-3)])).splitlines()
-    assert lines[0].split("  ")[0].strip() == "pass"
-    assert lines[0].endswith("83% (Swin-B, forward)")
-    assert any(line.startswith("not measured") for line in lines)
-    assert len({line.index(">= 3.0x plain") for line in lines if ">= 3.0x plain" in line}) == 1
-
-
-@pytest.mark.parametrize(
-    ("log", "status", "safe", "said"),
-    [
-        ("a: correct\nb: correct\n========= ERROR SUMMARY: 0 errors\n", 0, True, "no bad access in 2 operations"),
-        ("a: WRONG\n========= ERROR SUMMARY: 0 errors\n", 1, False, "not all are right"),
-        ("========= Invalid __global__ read of size 4 bytes\n=========     at k\n", None, False, "Invalid __global__"),
-        ("========= Invalid __global__ write\n========= ERROR SUMMARY: 3 errors\n", 1, False, "Invalid __global__"),
-        ("========= ERROR SUMMARY: 1 error\n", 1, False, "ERROR SUMMARY: 1 error"),
-        ("========= Error: Device not supported. Please refer to\n", 255, True, "not finished: Error: Device not supp"),
-        ("a: correct\n", None, True, "not finished: it ran out of time (1 operations were right so far)"),
-        ("", 127, True, "not finished: it said nothing"),
-    ],
-)
-def test_verdict_on_memory_accesses(log: str, status: int | None, safe: bool, said: str) -> None:
-    found = gpu_check.read_memcheck(log, status)
-    assert found[0] == safe
-    assert said in found[1]
-
-
-def test_gpu_check_begins_benchmarks_that_understand_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = []
-
-    def finished(name: str, command: list[str], seconds: float, *_: Any) -> int:
-        begun.append(name)
-        module, words = command[3], command[4:]
-        options = (
-            {"benchmarks.kernels": kernels, "benchmarks.train_step": train_step}[module].arguments().parse_args(words)
-        )
-        assert options.output.parent == tmp_path
-        assert seconds <= 200
-        return len(begun) == 2  # the second one fails
-
-    monkeypatch.setattr(gpu_check, "finished", finished)
-    files = {name: tmp_path / f"{name}.jsonl" for name in ("kernels", "train_step")}
-    assert not gpu_check.measure(files, gpu_check.Budget(500))
-    assert begun[:2] == ["kernels", "steps of sgmim_swin_base"]
-    assert len(begun) == 8  # one that fails does not stop the rest
-
-
-def test_commands_are_stopped_with_their_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.0)
-    sleeper = f"sleep 60 & echo $! > {tmp_path}/child; wait"
-    assert gpu_check.finished("test", ["bash", "-c", sleeper], 2.0) is None
-    child = Path("/proc", (tmp_path / "child").read_text().strip())
-    with stopped(child) as alive:
-        assert not alive
-    assert gpu_check.finished("test", ["bash", "-c", "exit 3"], 20.0) == 3
-
-
-@contextmanager
-def stopped(process: Path) -> Iterator[bool]:
-    """Whether a process of Linux is still running; one that has ended may wait for its parent as a zombie."""
-    status = process / "status"
-    yield status.exists() and "zombie" not in status.read_text()
-
-
-def test_rows_of_this_run_alone_are_judged(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("line", "reason"), [("{", "is not a row of JSON"), ("[]", "no environment")])
+def test_other_lines_are_named(tmp_path: Path, line: str, reason: str) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n')
-    start = path.stat().st_size
-    with path.open("a") as file:
-        file.write('{"a": 2}\n{"a": ')  # the last one's writer was stopped
-    assert gpu_check.read_rows(path, start) == [{"a": 2}]
-    assert gpu_check.read_rows(tmp_path / "none", 0) == []
+    path.write_text(f'{{"environment": {{}}}}\n{line}\n')
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2 .*{reason}.*; delete this line"):
+        rows.read(path)
+
+
+def test_finished_is_what_the_same_sources_have_measured_rightly(tmp_path: Path) -> None:
+    written = harness.Rows(tmp_path / "rows.jsonl", torch.device("cpu"))
+    written.append({"case": "a", "batch": 2})
+    written.append({"case": "wrong", "batch": 2, "correct": False})
+    written.append({"case": "other key"})
+    usual, written.environment = written.environment, written.environment | {"sources": "older"}
+    written.append({"case": "old", "batch": 2})
+    written.environment = usual
+    assert written.finished(("case", "batch")) == {rows.key_of({"case": "a", "batch": 2}, ("case", "batch"))}
+
+
+def test_newest_rows_replace_older_ones() -> None:
+    found = rows.newest([{"a": 1, "b": 1}, {"a": 2, "b": 2}, {"a": 1, "b": 3}], ("a",))
+    assert found == [{"a": 1, "b": 3}, {"a": 2, "b": 2}]
+
+
+def test_sources_are_told_apart_by_their_content(tmp_path: Path) -> None:
+    def digest(number: int) -> str:
+        return origin.sources(tmp_path / str(number))
+
+    for number, text in enumerate(("a = 1", "a = 1", "a = 2")):
+        for folder in origin.MEASURED:
+            (tmp_path / str(number) / folder / "inner").mkdir(parents=True)
+        (tmp_path / str(number) / "kernels" / "inner" / "x.py").write_text(text)
+    assert digest(0) == digest(1) != digest(2)
+
+
+def test_clocks_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\n"
+        f'echo "$@" > {tmp_path}/asked\n'
+        "echo '345, 3201, 120.5, 40'; echo '1980, 3201, 650.0, 55'; echo '1900, 3201, [N/A], 50'; exec sleep 60\n"
+    )
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    watch = origin.ClockWatch("GPU-1")
+    deadline = time.monotonic() + 10
+    while len(watch._lines) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert watch.seen() == {
+        "sm_mhz": [345, 1900, 1980],
+        "memory_mhz": [3201, 3201, 3201],
+        "watts": [120.5, 385.25, 650],
+        "celsius": [40, 50, 55],
+    }
+    assert watch.seen() == {}
+    asked = (tmp_path / "asked").read_text()
+    assert "--id=GPU-1" in asked
+    assert "--loop-ms=200" in asked
+    watch._process.kill()
+
+
+def test_without_nvidia_smi_no_clocks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert origin.ClockWatch("GPU-1").seen() == {}
+
+
+def test_benchmarks_need_torch_triton_numpy_and_timm_alone() -> None:
+    """The others are hidden, as on a machine that has none of them."""
+    code = (
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {hidden}: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        "import {modules}\n"
+    )
+    hidden = ("deepspeed", "tyro", "rich", "tensorboard", "yaml", "psutil", "xformers", "apex", "PIL")
+    names = ("kernels", "train_step", "products", "memcheck", "tested", "gpu_check")
+    modules = ", ".join(f"benchmarks.{name}" for name in names)
+    filled = code.replace("{hidden}", repr(hidden)).replace("{modules}", modules)
+    done = subprocess.run([sys.executable, "-c", filled], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# -- whether its tests are green
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "verdict"),
+    [
+        ("....   [100%]\n4 passed in 1.00s\n", 0, ("green", "4 passed in 1.00s")),
+        ("..F.   [100%]\n=== 1 failed, 3 passed in 1.00s ===\n", 1, ("red", "1 failed, 3 passed in 1.00s")),
+        ("", 4, ("red", "it said nothing")),
+        ("......... [ 40%]\n....", None, ("unfinished", "....")),
+        ("...F..... [ 40%]\n....", None, ("red", "some had failed when the time was over")),
+        ("..s..E", None, ("red", "some had failed when the time was over")),
+    ],
+)
+def test_verdicts_on_logs(log: str, status: int | None, verdict: tuple[str, str]) -> None:
+    assert tested.judge(log, status) == tested.Verdict(*verdict)
+
+
+def test_every_operation_of_ours_has_tests() -> None:
+    assert set(tested.TESTS) == set(PLAIN) - set(NORMS)
+    assert all((ROOT / "tests" / f"{name}.py").exists() for name in (*tested.TESTS.values(), *tested.WHOLE))
+
+
+def test_verdicts_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def run_tests(name: str, *_: Any) -> tuple[tested.Verdict, float]:
+        ran.append(name)
+        return tested.Verdict({"a": "green", "b": "red", "c": "unfinished"}[name], "said"), 1.0
+
+    monkeypatch.setattr(tested, "run_tests", run_tests)
+    known = Rows(tmp_path / "tests.jsonl", torch.device("cpu"))
+    assert {name: v.status for name, v in tested.verdicts("abc", known, 9.0).items()} == {
+        "a": "green",
+        "b": "red",
+        "c": "unfinished",
+    }
+    assert sorted(ran) == ["a", "b", "c"]
+    ran.clear()
+    assert tested.verdicts("abc", known, 9.0)["b"].status == "red"
+    assert ran == ["c"]
+    ran.clear()
+    tested.verdicts("ab", known, 9.0, again=True)
+    assert ran == ["b"]
+    assert tested.verdicts("a", known, 0.0, select="few")["a"] == tested.Verdict("unfinished", "not run")
+    known.environment["sources"] = "others"
+    ran.clear()
+    tested.verdicts("a", known, 9.0)
+    assert ran == ["a"]

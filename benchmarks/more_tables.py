@@ -1,0 +1,185 @@
+"""Markdown tables of kernels, of what a step must compute and move, and of whole runs."""
+
+from benchmarks.arithmetic import NAMED, PARTS
+from benchmarks.peers import NAMES, OURS
+from benchmarks.recorded import WORDS, Results, model_name
+from benchmarks.tables import NOT_MEASURED, digits, reproduce, table, where
+
+EVERYTHING = "make gpu-check SLICE=all"
+
+
+# -- kernels
+
+
+def unmeasured(command: str) -> list[str]:
+    return [f"On a GPU: {NOT_MEASURED}. To measure:", *reproduce([], command)]
+
+
+def kernels(results: Results) -> list[str]:
+    """Every operation, forward and backward, beside the fastest peer."""
+    lines, used = [], []
+    for gpu in results.gpus("kernels"):
+        rows = results.kernels(gpu)
+        for row in rows:
+            if row["implementation"] != OURS or "p50_seconds" not in row:
+                continue
+            same = [r for r in rows if all(r[key] == row[key] for key in ("op", "case", "pass", "dtype", "batch"))]
+            peers = [r for r in same if r["implementation"] in NAMES and r["implementation"] not in (OURS, "copy")]
+            best = min((r for r in peers if "p50_seconds" in r), key=lambda r: r["p50_seconds"], default=None)
+            used.append(row)
+            lines.append(
+                (
+                    f"`{row['op']}` {row['case']}",
+                    f"{row['batch']} {row['dtype']}",
+                    row["pass"],
+                    f"{row['p50_seconds'] * 1e6:.1f} us",
+                    f"{row['share_of_copy']:.0%}",
+                    f"{row['flops_per_second'] / 1e12:.0f}" if row["flops"] else "",
+                    f"{row['error']:.1e} ({row['plain_error']:.1e})",
+                    ""
+                    if best is None
+                    else f"{best['implementation']}, x {best['p50_seconds'] / row['p50_seconds']:.2f}",
+                )
+            )
+    if not lines:
+        return unmeasured(EVERYTHING)
+    titles = ("operation", "batch", "pass", "time", "of a copy", "TFLOP/s", "error (plain's)", "fastest peer, its time")
+    return [*table(titles, lines), *reproduce(used, "")]
+
+
+# -- what is counted
+
+
+def work(results: Results) -> list[str]:
+    """Operations and bytes of a step, by part and backend."""
+    rows = results.newest("arithmetic", None, "model", "batch", "precision", "backend")
+    lines = []
+    for model in NAMED:
+        mine = {row["backend"]: row["parts"] for row in rows if row["model"] == model}
+        if not mine:
+            lines.append((WORDS[model], "not counted", *("" for _ in range(4))))
+            continue
+        empty = {"flops": 0, "bytes": 0, "operations": 0}
+        total = {b: {key: sum(part[key] for part in parts.values()) for key in empty} for b, parts in mine.items()}
+        for part in (*PARTS, "all"):
+            one = {backend: total[backend] if part == "all" else parts[part] for backend, parts in mine.items()}
+            name = WORDS[model] if part == PARTS[0] else ""
+            size = [f"{one[backend]['bytes'] / 1e9:.1f} GB" for backend in ("reference", "torch", "triton")]
+            lines.append((name, part, f"{one['torch']['flops'] / 1e12:.2f} TFLOP", *size))
+    titles = ("batch 128, bf16", "part", "products", "moved by `reference`", "by `torch`", "by `triton`")
+    return [*table(titles, lines), *reproduce(rows, "python -m benchmarks.arithmetic")]
+
+
+def checkpointing(results: Results) -> list[str]:
+    """Bytes that activation checkpointing saves."""
+    rows = results.newest("memory", None, "model", "batch", "precision", "activation_checkpointing")
+    lines = []
+    for row in rows:
+        stages = " ".join(map(str, row["activation_checkpointing"])) or "none"
+        kept, peak = (f"{row[key] / 1e6:.1f} MB" for key in ("activation_bytes", "step_memory_bytes"))
+        lines.append((model_name(row), stages, kept, peak, f"x {row['p50_time_ratio']:.2f}"))
+    titles = ("model, batch 2, fp32", "stages", "kept for backward", "peak of the step", "time")
+    return [*where(rows), "", *table(titles, lines), *reproduce(rows, "python -m benchmarks.memory")]
+
+
+# -- whole runs
+
+
+def products(results: Results) -> list[str]:
+    """Matrix products of a step, those that take longest first."""
+    rows = [row for gpu in results.gpus("products") for row in results.newest("products", gpu, *PRODUCT_KEYS)]
+    if not rows:
+        return unmeasured("python -m benchmarks.products")
+    rows.sort(key=lambda row: -row["count"] * row["p50_seconds"])
+    lines = [
+        (
+            f"{row['m']} x {row['k']} x {row['n']}",
+            str(row["count"]),
+            f"{row['p50_seconds'] * 1e6:.1f} us",
+            f"{row['flops_per_second'] / 1e12:.0f}",
+            f"{row['share_of_matrix']:.0%}",
+        )
+        for row in rows[:12]
+    ]
+    titles = ("m x k x n", "in a step", "time of one", "TFLOP/s", "of a square product's")
+    return [*table(titles, lines), *reproduce(rows, "")]
+
+
+PRODUCT_KEYS = ("model", "batch", "m", "k", "n", "a_transposed", "b_transposed")
+
+
+def optimizers(results: Results) -> list[str]:
+    """A step of AdamW by each library."""
+    lines, used = [], []
+    for gpu in results.gpus("optimizers"):
+        for row in results.newest("optimizers", gpu, "model", "implementation"):
+            used.append(row)
+            name = model_name(row)
+            if "p50_seconds" in row:
+                figures = (f"{row['p50_seconds'] * 1e3:.3f} ms", f"{row['share_of_copy']:.0%}", f"{row['error']:.1e}")
+            else:
+                figures = (row["skipped"], "", "")
+            lines.append((name, f"`{row['implementation']}`", *figures))
+    if not lines:
+        return unmeasured("python -m benchmarks.optimizers")
+    return [*table(("model", "AdamW", "step", "of a copy", "error"), lines), *reproduce(used, "")]
+
+
+def largest_batches(results: Results) -> list[str]:
+    """What fits into 24, 80 and 141 GB."""
+    lines, used = [], []
+    for gpu in results.gpus("largest_batch"):
+        for row in results.newest("largest_batch", gpu, "model", "override", "precision", "arm", "budget_gb"):
+            used.append(row)
+            name = model_name(row)
+            size = "none" if row["largest_batch"] is None else str(row["largest_batch"])
+            lines.append((name, f"`{row['arm']}`", f"{row['budget_gb']:g} GB", size))
+    if not lines:
+        return unmeasured("python -m benchmarks.largest_batch")
+    return [*table(("model", "arm", "memory", "largest batch"), lines), *reproduce(used, "")]
+
+
+def pipeline(results: Results) -> list[str]:
+    """Files to gradients, and the share of the time that waits for data."""
+    rows = [
+        row
+        for gpu in (*results.gpus("pipeline"), None)
+        for row in results.newest("pipeline", gpu, "model", "precision", "batch", "arm", "loader", "data", "workers")
+    ]
+    lines = [
+        (
+            f"{model_name(row)}, batch {row['batch']}, {row['precision']}",
+            row["environment"].get("gpu") or f"CPU, {row['environment']['cores']} cores",
+            f"`{row['arm']}`",
+            f"{row['loader']}, {row['workers']} workers",
+            f"{digits(row['p50_images_per_second'])}",
+            f"{digits(row['step_images_per_second'])}",
+            f"{digits(row['loader_images_per_second'])}",
+            f"{row['waiting_share']:.1%}",
+        )
+        for row in rows
+    ]
+    titles = ("model", "on", "arm", "loader", "images/s from files", "step alone", "loader alone", "waiting for data")
+    return [*table(titles, lines), *reproduce(rows, "")] if rows else unmeasured("python -m benchmarks.pipeline")
+
+
+def parity(results: Results) -> list[str]:
+    """How far a training on a fast path ends from the plain one's, beside two seeds of the plain one."""
+    keys = ("model", "override", "batch", "precision", "device", "planned_steps")
+    lines, used = [], []
+    for gpu in (*results.gpus("parity"), None):
+        for row in results.newest("parity", gpu, *keys):
+            used.append(row)
+            for arm, differences in row["differences"].items():
+                lines.append(
+                    (
+                        f"{model_name(row)}, {row['precision']}, {row['steps']} steps",
+                        row["environment"].get("gpu") or "CPU",
+                        f"`{arm}`",
+                        f"{differences['loss']:.2e}",
+                        f"{row['spread']['loss']:.2e}",
+                        "yes" if row["within_spread"][arm] else "NO",
+                    )
+                )
+    titles = ("model", "on", "arm", "final loss from `reference`'s", "two seeds from each other", "within the spread")
+    return [*table(titles, lines), *reproduce(used, "")] if used else unmeasured("python -m benchmarks.parity")

@@ -1,0 +1,93 @@
+"""Plots of recorded rows, each by the name of its file; one for which nothing is recorded is not there."""
+
+from collections.abc import Callable
+
+from benchmarks import bars, svg
+from benchmarks.arithmetic import NAMED, PARTS
+from benchmarks.peers import OURS
+from benchmarks.recorded import Results, arm_of, model_name
+from benchmarks.rows import Row
+
+
+def steps_cpu(results: Results) -> str | None:
+    rows = results.steps(None)
+    return _steps("Forward and backward pass on a CPU, seconds a step", rows, 1.0) if rows else None
+
+
+def steps_gpu(results: Results) -> str | None:
+    gpu = results.gpus("train_step")[0]
+    rows = [row for row in results.steps(gpu) if bars.STEP.items() <= row.items()]
+    return _steps(f"Forward and backward pass, batch 128, bf16, {gpu}: milliseconds", rows, 1e3) if rows else None
+
+
+def _steps(title: str, rows: list[Row], scale: float) -> str:
+    names = {f"{model_name(row)}, {arm_of(row)}": row for row in rows}
+    return svg.stacked(title, "p50", {name: {"step": row["p50_seconds"] * scale} for name, row in names.items()})
+
+
+def memory_gpu(results: Results) -> str | None:
+    gpu = results.gpus("train_step")[0]
+    rows = [row for row in results.steps(gpu) if bars.STEP.items() <= row.items()]
+    bars_of = {f"{model_name(r)}, {arm_of(r)}": {"peak": r["step_memory_bytes"] / 1e9} for r in rows}
+    title = f"Memory of both passes beside weights and gradients, batch 128, bf16, {gpu}"
+    return svg.stacked(title, "GB", bars_of) if rows else None
+
+
+def memory_checkpointing(results: Results) -> str | None:
+    rows = results.newest("memory", None, "model", "batch", "precision", "activation_checkpointing")
+    found = {}
+    for row in rows:
+        stages = " ".join(map(str, row["activation_checkpointing"])) or "none"
+        kept, peak = row["activation_bytes"] / 1e6, row["step_memory_bytes"] / 1e6
+        found[f"{model_name(row)}, stages {stages}"] = {"kept for backward": kept, "more at the peak": peak - kept}
+    return svg.stacked("Memory of a step by activation checkpointing, batch 2, fp32", "MB", found) if found else None
+
+
+def traffic(results: Results) -> str | None:
+    """Bytes by part, counted without a GPU."""
+    rows = results.newest("arithmetic", None, "model", "batch", "precision", "backend")
+    found = {
+        f"{model_name(row)}, {row['backend']}": {part: row["parts"][part]["bytes"] / 1e9 for part in PARTS}
+        for model in NAMED
+        for row in rows
+        if row["model"] == model
+    }
+    return svg.stacked("Bytes that a step moves, counted: batch 128, bf16", "GB", found) if found else None
+
+
+def roofline(results: Results) -> str | None:
+    """Kernels that multiply, under the ceilings of their run."""
+    gpu = results.gpus("kernels")[0]
+    rows = [r for r in results.kernels(gpu) if r["implementation"] == OURS and r.get("flops") and "p50_seconds" in r]
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for row in rows:
+        what = f"{row['case']}, batch {row['batch']}, {row['pass']}: {row['p50_seconds'] * 1e6:.1f} us"
+        point = (row["flops"] / row["floor_bytes"], row["flops_per_second"], what)
+        points.setdefault(f"{row['op']} {row['pass']}", []).append(point)
+    if not rows:
+        return None
+    copy, matrix = (rows[-1]["ceilings"][f"{name}_per_second"] for name in ("copy_bytes", "matrix_flops"))
+    return svg.roofline(f"The attention kernels on an {gpu}", copy, matrix, points)
+
+
+def parity(results: Results) -> str | None:
+    """Losses of the newest comparison, on a GPU if there is one."""
+    rows = results.of("parity")
+    if not rows:
+        return None
+    row = next((row for row in reversed(rows) if "gpu" in row["environment"]), rows[-1])
+    lines = {f"{curve['arm']}, seed {curve['seed']}": curve["loss"] for curve in row["curves"]}
+    place = row["environment"].get("gpu", "a CPU")
+    title = f"Loss of {row['steps']} steps in {row['precision']} on {place}"
+    return svg.curves(title, "steps", "loss", row["points"], lines)
+
+
+PLOTS: dict[str, Callable[[Results], str | None]] = {
+    "steps-cpu": steps_cpu,
+    "steps-gpu": steps_gpu,
+    "memory-gpu": memory_gpu,
+    "memory-checkpointing": memory_checkpointing,
+    "traffic": traffic,
+    "roofline": roofline,
+    "parity": parity,
+}

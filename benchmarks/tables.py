@@ -1,0 +1,149 @@
+"""Markdown tables of training steps, and of what is demanded. What has not been measured says so."""
+
+from collections.abc import Sequence
+
+from benchmarks import bars
+from benchmarks.recorded import WORDS, Results, arm_of, commands, model_name
+from benchmarks.rows import Row
+
+NOT_MEASURED = "not measured"
+GPU_ARMS = (
+    "reference",
+    "reference+compile",
+    "reference+autotune",
+    "torch",
+    "triton",
+    "triton+compile",
+    "triton+graphs",
+)
+MAIN_ARMS = ("reference", "reference+compile", "triton", "triton+compile")
+MEASURE_STEPS = "make gpu-check SLICE=step"
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def reproduce(rows: Sequence[Row], otherwise: str) -> list[str]:
+    """The commands that made the rows, or the one that would."""
+    return ["", *(f"    {command}" for command in commands(rows) or [otherwise])]
+
+
+def digits(value: float, least: int = 3) -> str:
+    """At least so many of them, without an exponent."""
+    if value == 0:
+        return "0"
+    places = 0
+    while places < 9 and round(abs(value), places) < 10 ** (least - 1 - places):
+        places += 1
+    return f"{value:,.{places}f}"
+
+
+# -- training steps
+
+
+def cpu_steps(results: Results) -> list[str]:
+    """Steps on CPUs, the memory in bytes that forward keeps."""
+    rows = results.steps(None)
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["batch"], row["precision"], list(WORDS).index(row["model"]))):
+        times = " / ".join(f"{row[f'{p}_seconds']:.2f}" for p in ("p20", "p50", "p80"))
+        lines.append(
+            (
+                model_name(row),
+                str(row["batch"]),
+                f"`{arm_of(row)}`",
+                f"{times} s",
+                f"x {row['p50_time_ratio']:.3f}",
+                f"{row['activation_bytes'] / 1e6:.0f} MB",
+            )
+        )
+    titles = ("model", "batch", "backend", "step (p20 / p50 / p80)", "time", "activations")
+    return [*where(rows), "", *table(titles, lines), *reproduce(rows, "python -m benchmarks.train_step")]
+
+
+def where(rows: Sequence[Row]) -> list[str]:
+    """Machine and versions, a line for each that differs."""
+    found = []
+    for row in rows:
+        seen = row["environment"]
+        place = seen.get("gpu") or f"{row.get('threads', seen['cores'])} cores of an {seen['cpu']}"
+        versions = f"torch {seen['torch']}, commit {seen['commit'][:7]}"
+        found.append(f"Measured in {row['precision']} on {place}, {versions}.")
+    return list(dict.fromkeys(found))
+
+
+def main_steps(results: Results) -> list[str]:
+    """Of the main model on the first GPU, for the README."""
+    return _gpu_steps(results, results.gpus("train_step")[0], (bars.MAIN_MODEL,), MAIN_ARMS)
+
+
+def gpu_steps(results: Results) -> list[str]:
+    """Of every model on every GPU."""
+    lines = []
+    for gpu in results.gpus("train_step"):
+        lines += [f"### {gpu}", "", *_gpu_steps(results, gpu, (bars.MAIN_MODEL, *bars.MODELS), GPU_ARMS), ""]
+    return lines[:-1]
+
+
+def _gpu_steps(results: Results, gpu: str, models: Sequence[str], arms: Sequence[str]) -> list[str]:
+    every = [row for row in results.steps(gpu) if bars.STEP.items() <= row.items()]
+    used, lines = [], []
+    for model in models:
+        for arm in arms:
+            row = next((row for row in every if row["model"] == model and arm_of(row) == arm), None)
+            if row is None:
+                lines.append((WORDS[model], f"`{arm}`", NOT_MEASURED, *("" for _ in range(5))))
+                continue
+            used.append(row)
+            times = " / ".join(f"{row[f'{p}_seconds'] * 1e3:.1f}" for p in ("p20", "p50", "p80"))
+            lines.append(
+                (
+                    WORDS[model],
+                    f"`{arm}`",
+                    f"{times} ms",
+                    f"{row['images_per_second']:,.0f}",
+                    against(row, "reference"),
+                    against(row, "reference+compile"),
+                    f"{row['step_memory_bytes'] / 1e9:.2f} GB",
+                    f"{row['share_of_matrix']:.0%}",
+                )
+            )
+    titles = ("model", "arm", "passes (p20 / p50 / p80)", "images/s", "faster than `reference`",
+              "than `reference+compile`", "memory of the passes", "of the matrix rate")  # fmt: skip
+    place = where(used) if used else [f"{gpu}, bf16, batch 128: {NOT_MEASURED}. To measure:"]
+    return [*place, "", *table(titles, lines), *reproduce(used, MEASURE_STEPS)]
+
+
+def against(row: Row, arm: str) -> str:
+    """How many times faster than an arm of the same run."""
+    ratio = row.get("ratios", {}).get(arm)
+    return "" if ratio is None else f"x {1 / ratio:.2f}"
+
+
+def step_parts(results: Results) -> list[str]:
+    """Where the time of a step goes, as the profiler of a GPU tells."""
+    lines, used = [], []
+    for gpu in results.gpus("train_step"):
+        for row in results.steps(gpu):
+            if bars.STEP.items() <= row.items() and row.get("parts"):
+                used.append(row)
+                whole = sum(row["parts"].values())
+                parts = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in row["parts"].items())
+                lines.append((model_name(row), f"`{arm_of(row)}`", gpu, parts))
+    if not lines:
+        return [f"On a GPU: {NOT_MEASURED}. To measure:", *reproduce([], MEASURE_STEPS)]
+    return [*table(("model", "arm", "GPU", "share of the device's time"), lines), *reproduce(used, MEASURE_STEPS)]
+
+
+# -- what is demanded
+
+
+def demands(results: Results) -> list[str]:
+    """The bars, each with the worst that was measured for it."""
+    lines = []
+    gpu = results.gpus("kernels", "train_step")[0]
+    words = {True: "met", False: "missed", None: NOT_MEASURED}
+    for bar in bars.bars([*results.kernels(gpu), *results.steps(gpu)]):
+        lines.append((bar.what, bar.demand, "" if bar.met is None else bar.measured, words[bar.met]))
+    return [*table(("what", "demand", f"worst on an {gpu}", ""), lines), *reproduce([], "make gpu-check SLICE=all")]

@@ -1,0 +1,294 @@
+"""Tables and plots follow from the recorded rows, and the pages hold what follows from them."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import harness, more_tables, plots, report, svg, tables
+from benchmarks.recorded import Results, commands
+from benchmarks.rows import Row, read
+from sgmim_fast.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+H200 = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "0123456789", "cpu": "EPYC", "cores": 16, "command": "x"}
+CEILINGS = {"copy_bytes_per_second": 4e12, "matrix_flops_per_second": 8e14, "launch_seconds": 2e-6}
+
+
+def results(folder: Path, *rows: Row, name: str = "made_up") -> Results:
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.jsonl").open("a") as file:
+        file.writelines(json.dumps({"environment": H200} | row) + "\n" for row in rows)
+    return Results(folder)
+
+
+def step(arm: str, seconds: float, **more: Any) -> Row:
+    backend, _, word = arm.partition("+")
+    row = {
+        "benchmark": "train_step",
+        **{"model": "sgmim_swin_base", "override": [], "batch": 128, "precision": "bf16", "device": "cuda", "arm": arm},
+        **{"backend": backend, "attention": "auto", "compiled": bool(word), "optimizer": "adamw"},
+        **{"p20_seconds": seconds * 0.9, "p50_seconds": seconds, "p80_seconds": seconds * 1.1},
+        **{
+            "images_per_second": 128 / seconds,
+            "ratios": {"reference": seconds / 0.3},
+            "share_of_matrix": 0.05 / seconds,
+        },
+        **{"step_memory_bytes": 10**10, "ceilings": CEILINGS},
+    }
+    return row | more
+
+
+def kernel(implementation: str, seconds: float, **more: Any) -> Row:
+    row = {
+        "benchmark": "kernels",
+        **{"op": "window_attention", "case": "Swin-B stage 3", "batch": 128, "dtype": "bf16", "pass": "forward"},
+        **{"implementation": implementation, "shapes": {"table": [121, 4]}, "error": 1e-3, "plain_error": 2e-3},
+        **{"p50_seconds": seconds, "floor_bytes": 4 * 10**8, "floor_seconds": 1e-4, "share_of_copy": 1e-4 / seconds},
+        **{"flops": 4 * 10**10, "flops_per_second": 4e10 / seconds, "ceilings": CEILINGS},
+    }
+    return row | more
+
+
+# -- the pages
+
+
+def test_pages_hold_what_the_rows_say() -> None:
+    """If this fails: python -m benchmarks.report."""
+    assert report.outdated(ROOT, Results(harness.RESULTS)) == {}
+
+
+def copied(folder: Path) -> list[str]:
+    """Pages and rows elsewhere; the options that name them."""
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    shutil.copy(ROOT / "README.md", folder)
+    shutil.copytree(harness.RESULTS, folder / "results")
+    return ["--root", str(folder), "--results", str(folder / "results")]
+
+
+def test_check_names_what_is_out_of_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    words = copied(tmp_path)
+    rows = read(tmp_path / "results" / "train_step.jsonl")
+    with (tmp_path / "results" / "train_step.jsonl").open("a") as file:
+        file.write(json.dumps(rows[0] | {"p50_seconds": 2.5}) + "\n")
+    before = (tmp_path / "README.md").read_text()
+    command = [sys.executable, "-m", "benchmarks.report", *words, "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    stale = ["docs/images/benchmarks/steps-cpu.svg", "README.md", "docs/performance.md"]
+    assert done.stdout.splitlines() == [f"out of date: {name}" for name in stale]
+    assert (tmp_path / "README.md").read_text() == before
+    monkeypatch.setattr(sys, "argv", ["report", *words])
+    report.main()
+    assert capsys.readouterr().out.splitlines() == [f"written: {name}" for name in stale]
+    assert (tmp_path / "README.md").read_text() == before.replace("1.89 / 2.03 / 2.13 s", "1.89 / 2.50 / 2.13 s")
+    monkeypatch.setattr(sys, "argv", ["report", *words, "--check"])
+    report.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_plot_of_which_nothing_is_recorded_goes(tmp_path: Path) -> None:
+    words = copied(tmp_path)
+    (tmp_path / "results" / "memory.jsonl").unlink()
+    stale = report.outdated(tmp_path, Results(Path(words[3])))
+    assert stale[report.IMAGES / "memory-checkpointing.svg"] is None
+    text = stale[Path("docs/memory.md")]
+    assert text is not None
+    assert "(Plot: not measured.)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- benchmarks:parity -->\n", "benchmarks:parity --> has no partner; end it with"),
+        ("<!-- /benchmarks:parity -->\n", "/benchmarks:parity --> has no partner"),
+        ("<!-- benchmarks:parity -->\n<!-- benchmarks:parity -->\n", "has no partner"),
+        ("<!-- benchmarks:parity -->\n<!-- /benchmarks:work -->\n", "has no partner"),
+        ("<!-- benchmarks:speed -->\n<!-- /benchmarks:speed -->\n", "names no block; choose one of cpu-steps,"),
+    ],
+)
+def test_wrong_markers_are_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^page.md: .*{re.escape(message)}"):
+        report.fill(
+            text, Path("page.md"), results(tmp_path / "none"), {report.IMAGES / f"{p}.svg": None for p in plots.PLOTS}
+        )
+
+
+def test_blocks_replace_what_was_there(tmp_path: Path) -> None:
+    old = "a\n<!-- benchmarks:parity -->\nold\n<!-- /benchmarks:parity -->\nb\n"
+    new = report.fill(old, Path("page.md"), results(tmp_path / "none"), {})
+    assert new.startswith("a\n<!-- benchmarks:parity -->\nOn a GPU: not measured.")
+    assert new.endswith("\n    python -m benchmarks.parity\n<!-- /benchmarks:parity -->\nb\n")
+    assert report.fill(new, Path("page.md"), results(tmp_path / "none"), {}) == new
+
+
+def test_printed_commands_are_understood() -> None:
+    """Those of the README, each by its own parser."""
+    printed = re.findall(r"^    python -m (benchmarks\.\S+)(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(printed) >= 3
+    for module, words in printed:
+        import_module(module).arguments().parse_args(shlex.split(words))
+
+
+# -- tables
+
+
+def test_without_rows_everything_is_not_measured(tmp_path: Path) -> None:
+    none = results(tmp_path / "none")
+    for name, make in report.TABLES.items():
+        text = "\n".join(make(none))
+        assert "not measured" in text or "not counted" in text or name in ("cpu-steps", "checkpointing")
+        assert not re.search(r"\d (ms|us|s|MB|GB) ", text.replace("192 px", "").replace("224 px", ""))
+    assert all(plot(none) is None for plot in plots.PLOTS.values())
+
+
+def test_steps_of_a_gpu(tmp_path: Path) -> None:
+    found = results(
+        tmp_path / "rows",
+        step("triton", 9.0),
+        step("triton", 0.1),  # the newer one
+        step("reference", 0.4),
+        step("triton+compile", 0.01, batch=32),
+        step("triton+compile", 0.01, smoke=True),
+        step("triton", 0.01, environment=H200 | {"gpu": "NVIDIA A100"}),
+    )
+    lines = tables.main_steps(found)
+    assert lines[0] == "Measured in bf16 on NVIDIA H200, torch 2.11.0, commit 0123456."
+    assert "| Swin-B, 192 px | `triton` | 90.0 / 100.0 / 110.0 ms | 1,280 | x 3.00 |  | 10.00 GB | 50% |" in lines
+    assert "| Swin-B, 192 px | `triton+compile` | not measured |  |  |  |  |  |" in lines
+    every = tables.gpu_steps(found)
+    assert [line for line in every if line.startswith("#")] == ["### NVIDIA H200", "### NVIDIA A100"]
+    demands = "\n".join(tables.demands(found))
+    assert "| step of sgmim_swin_base | >= 3.0x plain, eager | x4.00 | met |" in demands
+    assert "| step of sgmim_swin_base | >= 1.4x plain, compiled |  | not measured |" in demands
+
+
+def test_parts_of_a_step(tmp_path: Path) -> None:
+    found = results(tmp_path / "rows", step("triton", 0.1, parts={"matrix products": 0.06, "attention": 0.02}))
+    assert "| Swin-B, 192 px | `triton` | NVIDIA H200 | matrix products 75%, attention 25% |" in tables.step_parts(
+        found
+    )
+
+
+def test_kernels_beside_the_fastest_peer(tmp_path: Path) -> None:
+    found = results(
+        tmp_path / "rows",
+        kernel("triton", 2e-4),
+        kernel("plain", 9e-4),
+        kernel("sdpa", 5e-4),
+        kernel("sdpa", 1e-5, **{"pass": "backward"}),
+        kernel("copy", 1e-4),
+        {**kernel("flex", 1.0), "p50_seconds": None} | {"failed": "no"},
+    )
+    found.rows = [{k: v for k, v in row.items() if v is not None} for row in found.rows]
+    what = "| `window_attention` Swin-B stage 3 | 128 bf16 | forward |"
+    assert f"{what} 200.0 us | 50% | 200 | 1.0e-03 (2.0e-03) | sdpa, x 2.50 |" in more_tables.kernels(found)
+
+
+def test_whole_runs(tmp_path: Path) -> None:
+    common = {"model": "sgmim_swin_base", "override": [], "batch": 128, "precision": "bf16", "arm": "triton"}
+    found = results(
+        tmp_path / "rows",
+        {"benchmark": "largest_batch", **common, "budget_gb": 24.0, "largest_batch": 96},
+        {"benchmark": "largest_batch", **common, "budget_gb": 8.0, "largest_batch": None},
+        {"benchmark": "optimizers", "model": "sgmim_swin_base", "implementation": "apex", "skipped": "not installed"},
+        {"benchmark": "optimizers", "model": "sgmim_swin_base", "implementation": "adamw", "p50_seconds": 1e-3}
+        | {"share_of_copy": 0.75, "error": 1e-7},
+        {"benchmark": "pipeline", **common, "loader": "dali", "workers": 16, "data": "scenes"}
+        | {"p50_images_per_second": 1234.5, "step_images_per_second": 1300.0, "loader_images_per_second": 5000.0}
+        | {"waiting_share": 0.034},
+        {
+            "benchmark": "parity",
+            **common,
+            "device": "cuda",
+            "steps": 1000,
+            "planned_steps": 1000,
+            "spread": {"loss": 2e-3},
+        }
+        | {"differences": {"triton": {"loss": 1e-3}}, "within_spread": {"triton": True}, "points": [500, 1000]}
+        | {
+            "curves": [
+                {"arm": "reference", "seed": 0, "loss": [1.0, 0.5]},
+                {"arm": "triton", "seed": 0, "loss": [1.0, 0.6]},
+            ]
+        },
+    )
+    assert "| Swin-B, 192 px | `triton` | 24 GB | 96 |" in more_tables.largest_batches(found)
+    assert "| Swin-B, 192 px | `triton` | 8 GB | none |" in more_tables.largest_batches(found)
+    assert "| Swin-B, 192 px | `apex` | not installed |  |  |" in more_tables.optimizers(found)
+    assert "| Swin-B, 192 px | `adamw` | 1.000 ms | 75% | 1.0e-07 |" in more_tables.optimizers(found)
+    assert "| 1,234 | 1,300 | 5,000 | 3.4% |" in "\n".join(more_tables.pipeline(found))
+    assert "| NVIDIA H200 | `triton` | 1.00e-03 | 2.00e-03 | yes |" in "\n".join(more_tables.parity(found))
+    assert plots.parity(found) is not None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1234.5, "1,234"),
+        (123.45, "123"),
+        (12.345, "12.3"),
+        (9.996, "10.0"),
+        (1.2345, "1.23"),
+        (0.012345, "0.0123"),
+    ],
+)
+def test_digits(value: float, text: str) -> None:
+    assert tables.digits(value) == text
+
+
+def test_commands_say_what_to_measure_alone() -> None:
+    command = "python -u -m benchmarks.kernels --tests 0 --ops a b --output /tmp/x.jsonl --seconds 95.0"
+    rows = [
+        {"environment": {"command": command}},
+        {"environment": {"command": "python -m benchmarks.kernels --ops a b"}},
+    ]
+    assert commands(rows) == ["python -m benchmarks.kernels --ops a b"]
+
+
+# -- plots
+
+
+def test_plots_are_pictures(tmp_path: Path) -> None:
+    found = results(
+        tmp_path / "rows", kernel("triton", 2e-4), kernel("triton", 4e-4, **{"pass": "backward"}), step("triton", 0.1)
+    )
+    for name in ("roofline", "steps-gpu", "memory-gpu"):
+        picture = plots.PLOTS[name](found)
+        assert picture is not None
+        assert picture == plots.PLOTS[name](Results(tmp_path / "rows"))
+        assert ElementTree.fromstring(picture).tag.endswith("svg")
+    assert picture.count("<rect") == 2  # the ground and one bar
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    picture = ElementTree.fromstring(svg.stacked("a < b", "ms", {"x": {"a": 1.0, "b": 2.0}, "y": {"b": 4.0}}))
+    bars = [
+        (rect.get("fill"), float(rect.get("width", "0")))
+        for rect in picture.iter()
+        if rect.get("height") == str(svg.BAR)
+    ]
+    widths = [width for _, width in bars]
+    assert widths == pytest.approx([widths[0], 2 * widths[0], 4 * widths[0]])
+    assert bars[1][0] == bars[2][0] != bars[0][0]
+
+
+def test_points_lie_under_the_roof_that_they_reach() -> None:
+    points = {"a": [(10.0, 1e13, "half of it")], "b": [(1000.0, 1e14, "all of it")]}
+    picture = ElementTree.fromstring(svg.roofline("t", copy=2e12, matrix=1e14, points=points))
+    circles = [x for x in picture.iter() if x.tag.endswith("circle")]
+    slope, flat = [x for x in picture.iter() if x.get("stroke") == "#444444"]
+    assert float(circles[1].get("cy", 0)) == pytest.approx(float(flat.get("y1", 0)))
+    x1, y1, x2, y2 = (float(slope.get(key, 0)) for key in ("x1", "y1", "x2", "y2"))
+    x, y = (float(circles[0].get(key, 0)) for key in ("cx", "cy"))
+    roof = y1 + (y2 - y1) * (x - x1) / (x2 - x1)
+    assert y > roof  # half of what copying allows lies below the line
