@@ -10,7 +10,8 @@ everything of the update, "losses, rest" what no module does.
 Compiled arms have no modules any more. Their kernels are told apart by the operation that starts them and by their
 names, so products of guidance and heads are among "matrix products", and what the compiler has fused is "fused".
 
-Seconds are the device's: of each kernel on a GPU; on a CPU the time of each operation without those that it calls.
+Seconds are the device's: of each kernel on a GPU, the mean of a few steps; on a CPU the time of each operation without
+those that it calls.
 """
 
 import os
@@ -32,6 +33,7 @@ ATTENTION, ENCODER, GUIDANCE, HEADS = "attention", "encoder, rest", "guidance", 
 PRODUCTS, NORMS, OPTIMIZER, REST = "matrix products", "norms", "optimizer", "losses, rest"
 FUSED = "fused"
 RANGE = "part of a step: "
+STEPS = 3  # that are recorded on a GPU
 TOP, NAME = 12, 90  # kernels that are listed, and characters of their names
 NODE = "autograd::engine::evaluate_function: "
 LAUNCHES = re.compile(r"(cuda|cu)Launch(Cooperative)?Kernel")
@@ -61,8 +63,9 @@ def profiled(runner: Runner) -> Row:
     ``parts`` is None where nothing tells parts apart: in CUDA graphs, and in compiled programs of a CPU.
     """
     by_module = not runner.variant.compiled
-    events = list(_record(runner, by_module))
     on_gpu = runner.device.type == "cuda"
+    steps = STEPS if on_gpu else 1
+    events = list(_record(runner, by_module, steps))
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and not _is_range(e)]
     if on_gpu and not kernels:
         raise RuntimeError("the profiler shows no work of the GPU; the driver may keep its counters for root")
@@ -72,19 +75,19 @@ def profiled(runner: Runner) -> Row:
         if on_gpu:
             unknown = sum(map(_microseconds, kernels)) * 1e-6 - sum(parts.values())
             parts[REST] = parts.get(REST, 0.0) + max(unknown, 0.0)
-        found["parts"] = parts
+        found["parts"] = {part: seconds / steps for part, seconds in parts.items()}
     if on_gpu:
         found |= {
-            "device_busy_seconds": sum(map(_microseconds, kernels)) * 1e-6,
-            "kernel_launches": sum(bool(LAUNCHES.match(event.name)) for event in events),
-            "graph_launches": sum(event.name == GRAPH_LAUNCH for event in events),
-            "top_kernels": top_kernels(kernels),
+            "device_busy_seconds": sum(map(_microseconds, kernels)) * 1e-6 / steps,
+            "kernel_launches": round(sum(bool(LAUNCHES.match(event.name)) for event in events) / steps),
+            "graph_launches": round(sum(event.name == GRAPH_LAUNCH for event in events) / steps),
+            "top_kernels": top_kernels(kernels, steps),
         }
     return found
 
 
-def _record(runner: Runner, by_module: bool) -> Iterable[Any]:
-    """Events of one whole step."""
+def _record(runner: Runner, by_module: bool, steps: int = 1) -> Iterable[Any]:
+    """Events of whole steps."""
     # Its tracer tells every start and stop, and that a CPU has no GPU; what it fails at shows in what it recorded.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU]
@@ -95,13 +98,14 @@ def _record(runner: Runner, by_module: bool) -> Iterable[Any]:
             stack.enter_context(_named_parts(runner))
         synchronize(runner.device)
         with profile(activities=activities) as recorded:
-            runner.drop_gradients()
-            with record_function(RANGE + REST):
-                loss = runner.forward()
-            loss.backward()
-            if runner.update is not None:
-                with record_function(RANGE + OPTIMIZER):
-                    runner.update.step()
+            for _ in range(steps):
+                runner.drop_gradients()
+                with record_function(RANGE + REST):
+                    loss = runner.forward()
+                loss.backward()
+                if runner.update is not None:
+                    with record_function(RANGE + OPTIMIZER):
+                        runner.update.step()
             synchronize(runner.device)
     return recorded.events() or ()
 
@@ -239,10 +243,13 @@ def _is_range(event: Any) -> bool:
     return bool(event.is_user_annotation) or event.name.startswith(RANGE)
 
 
-def top_kernels(kernels: list[Any]) -> list[Row]:
-    """The kernels and copies that take longest in all."""
+def top_kernels(kernels: list[Any], steps: int) -> list[Row]:
+    """The kernels and copies that take longest in all; counts and seconds of a step."""
     found: dict[str, list[float]] = defaultdict(list)
     for event in kernels:
         found[event.name].append(_microseconds(event))
     longest = sorted(found.items(), key=lambda item: -sum(item[1]))[:TOP]
-    return [{"name": name[:NAME], "count": len(times), "seconds": 1e-6 * sum(times)} for name, times in longest]
+    return [
+        {"name": name[:NAME], "count": round(len(times) / steps), "seconds": 1e-6 * sum(times) / steps}
+        for name, times in longest
+    ]

@@ -305,7 +305,8 @@ def test_launches_and_top_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         Event("cudaGraphLaunch"),
         Event("cudaMemcpyAsync"),
     ]
-    events = [annotation, *launches, shadow("a", 3.0), shadow("b", 4.0), shadow("a", 2.0)]
+    # Three steps of these are recorded.
+    events = [annotation, *launches * 3, *[shadow("a", 3.0), shadow("b", 4.0), shadow("a", 2.0)] * 3]
     monkeypatch.setattr(step_profile, "_record", lambda *_: events)
     runner: Any = SimpleNamespace(variant=Variant.parse("triton+graphs"), device=torch.device("cuda"))
     found = step_profile.profiled(runner)
