@@ -125,7 +125,7 @@ def test_blocks_replace_what_was_there(tmp_path: Path) -> None:
     old = "a\n<!-- benchmarks:parity -->\nold\n<!-- /benchmarks:parity -->\nb\n"
     new = report.fill(old, Path("page.md"), results(tmp_path / "none"), {})
     assert new.startswith("a\n<!-- benchmarks:parity -->\nOn a GPU: not measured.")
-    assert new.endswith("\n    python -m benchmarks.parity\n<!-- /benchmarks:parity -->\nb\n")
+    assert new.endswith("\n    python -m benchmarks.parity\n\n<!-- /benchmarks:parity -->\nb\n")
     assert report.fill(new, Path("page.md"), results(tmp_path / "none"), {}) == new
 
 
