@@ -125,8 +125,7 @@ def usable(device: torch.device) -> bool:
 
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
     """What to measure, in this order: all that needs no compiler, then the rest."""
-    every = smoke_cases() if options.smoke else (case for batch in options.batches for case in all_cases(batch))
-    chosen = [case for case in every if case.op in options.ops and options.cases in case.name]
+    chosen = [case for case in cases_of(options) if case.op in options.ops and options.cases in case.name]
     if options.one_each:
         first = {op: next((case for case in chosen if case.op == op), None) for op in options.ops}
         chosen = [case for case in first.values() if case is not None]
@@ -137,6 +136,14 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
                     wanted = name in options.implementations and (name in COMPILED) == compiled
                     if wanted and expresses(name, case):
                         yield name, case, dtype
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """The most important case with every batch size, then the next; each once: large windows may take as few twice."""
+    if options.smoke:
+        return list(smoke_cases())
+    every = (case for group in zip(*map(all_cases, options.batches), strict=True) for case in group)
+    return list({(case.op, case.name, case.batch): case for case in every}.values())
 
 
 def head_of(options: argparse.Namespace, name: str, case: Case, dtype: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Run:
         return harness.input_sets(size, harness.l2_bytes(self.device)) if self.on_gpu else 1
 
     def time(self, call: Callable[[int], Any], sets: int) -> Times:
-        seconds, fewest = (0.0, 1) if self.smoke else (0.2, harness.FEWEST_RUNS)
+        seconds, fewest = (0.0, 1) if self.smoke else (0.1, harness.FEWEST_RUNS)
         return harness.measure(call, sets, seconds, clock_of(self.device), fewest)
 
     def copies(self, case: Case, width: int) -> list[dict[str, Any]]:

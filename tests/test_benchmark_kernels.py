@@ -77,6 +77,15 @@ def test_every_model_and_window_is_among_the_cases() -> None:
     }
 
 
+def test_batch_sizes_take_turns() -> None:
+    options = kernels.arguments().parse_args(["--batches", "1", "8", "256"])
+    cases = kernels.cases_of(options)
+    assert [case.batch for case in cases[:6]] == [1, 8, 256, 1, 8, 256]
+    assert cases[0].name == cases[2].name != cases[3].name
+    keys = [(case.op, case.name, case.batch) for case in cases]
+    assert len(set(keys)) == len(keys)
+
+
 def test_smoke_cases_have_every_operation() -> None:
     assert {case.op for case in smoke_cases()} == set(PLAIN)
 
