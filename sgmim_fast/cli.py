@@ -110,10 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         "Fine-tune a backbone: sgmim finetune depth|segmentation (each with --help for its options).",
     )
 
-    from sgmim_fast.commands import evaluating, exporting, predicting
+    from sgmim_fast.commands import evaluating, exporting, predicting, probing
 
     evaluating.add_options(command("evaluate", evaluating.run, evaluating.DESCRIPTION))
     predicting.add_options(command("predict", predicting.run, predicting.DESCRIPTION))
+    probing.add_options(command("probe", probing.run, probing.DESCRIPTION))
 
     report = command("report", _report, "Write one self-contained HTML page about a run.")
     report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")

@@ -61,10 +61,10 @@ def folder_depth() -> DepthRunConfig:
 
 
 def scenes_depth() -> DepthRunConfig:
-    """The demo's scenes and backbone: minutes on two CPU cores."""
+    """The demo's scenes and backbone: minutes on two CPU cores. Of images so small the last map alone tells little."""
     return DepthRunConfig(
         backbone=FinetuneBackboneConfig(weights="runs/demo", drop_path_rate=0.0),
-        depth=DepthConfig(max_depth=30.0),
+        depth=DepthConfig(head="dpt", head_channels=8, max_depth=30.0),
         data=DepthDataConfig(dataset="scenes", path="scenes/demo", crop_size=(128, 128), workers=1),
         optimizer=FinetuneOptimizerConfig(lr=1e-3),
         schedule=FinetuneScheduleConfig(epochs=4),

@@ -7,7 +7,7 @@ from tests.training_runs import command, run
 
 TASKS = ("depth", "segmentation")
 TINY: dict[str, dict[str, str]] = {
-    "depth": {"depth.head-channels": "8"},
+    "depth": {"depth.head": "glp", "depth.head-channels": "8"},
     "segmentation": {
         "segmentation.head-channels": "16",
         "segmentation.auxiliary-channels": "16",

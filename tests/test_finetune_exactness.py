@@ -62,6 +62,13 @@ def test_resumes_to_the_bit(ranks: str, which: str, request: pytest.FixtureReque
 
 
 @pytest.mark.parametrize("ranks", ["one", "two"])
+def test_an_evaluation_that_was_put_off_is_done_first(ranks: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(ranks)
+    assert evaluations(folder / "stopped") == evaluations(folder / NAMES[-1] / "straight")
+    assert course(folder / "stopped") == course(folder / NAMES[-1] / "straight")
+
+
+@pytest.mark.parametrize("ranks", ["one", "two"])
 def test_a_step_that_is_not_finite_changes_nothing(ranks: str, request: pytest.FixtureRequest) -> None:
     """Running statistics of batch norms included, which the forward pass has made infinite by then."""
     folder = request.getfixturevalue(ranks) / "poisoned"

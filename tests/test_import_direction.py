@@ -23,7 +23,7 @@ LAYERS = (
     ("weights", "data"),
     ("backbones",),
     ("tasks",),
-    ("train",),
+    ("train", "probing"),
     # sgmim_fast is the package's own __init__
     (PACKAGE, "timm", "pretrain", "finetune", "report", "doctor", "launching", "planning", "exporting"),
     ("commands",),

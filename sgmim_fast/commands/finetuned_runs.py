@@ -67,14 +67,19 @@ def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> Finetune
         job = DepthJob(changed_config(load_config(run / "config.json", DEPTH), settings, DEPTH))
     else:
         job = SegmentationJob(changed_config(load_config(run / "config.json", SEGMENTATION), settings, SEGMENTATION))
-    device = _device(arguments.device)
+    device = open_device(arguments.device)
     task, notes = load_finetuned(weights)
     task.to(device)
     task.backbone.set_backend(arguments.backend)
     return FinetunedRun(task, job, notes, weights, device)
 
 
-def _device(name: str | None) -> "torch.device":
+def open_device(name: str | None) -> "torch.device":
+    """The device of this name, or a GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: if it cannot be used.
+    """
     import torch
 
     if name is None:

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from sgmim_fast.config import IGNORED_LABEL
 from sgmim_fast.errors import UserError
@@ -33,6 +32,9 @@ class SegmentationMetrics:
         Raises:
             UserError: if a label is no class, or the sizes differ.
         """
+        # Imported here: it takes seconds, and tasks without classes do without.
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
         if prediction.is_floating_point():
             prediction = prediction.argmax(1)
         if prediction.shape != label.shape:

@@ -73,7 +73,7 @@ def load_config(path: Path, program: Program[Config]) -> Config:
     content = dict(_read_mapping(path))
     kind = content.pop("kind", _FIRST_KIND)
     if kind != program.kind:
-        raise UserError(f"{path}: is the configuration of a run of another kind ({kind}, not {program.kind})")
+        raise UserError(f"{path}: belongs to a {kind} run; name one of {program.command}")
     content.pop("recipe", None)
     return _parse(list(_flatten(content)), program, type(program.recipes[program.recipe]())())
 

@@ -22,7 +22,7 @@ from sgmim_fast.train.loop import Loop
 from sgmim_fast.train.ranks import joined_ranks, on_chief, own_device
 from sgmim_fast.train.reporting import Reporter
 from sgmim_fast.train.resuming import check_same_run, starting_point
-from sgmim_fast.train.rewinding import EVALUATIONS, METRICS
+from sgmim_fast.train.rewinding import EVALUATIONS, METRICS, has_row
 from sgmim_fast.train.stopping import StopRequest
 from sgmim_fast.train.trainer import Trainer
 from sgmim_fast.train.universal import make_universal, remove_universal
@@ -55,7 +55,11 @@ def run_job(job: Job[Any], recipe: str) -> bool:
         watchdog.beat("making the model")
         trainer = Trainer(job, run, device) if checkpoint is None else _go_on(job, run, device, checkpoint)
         start, total = trainer.position.step, trainer.last_step()
-        if start >= total:  # no error: a job that is queued again after its last step has nothing left to do
+        put_off = start > 0 and job.evaluates_after(start, total, trainer.order)
+        put_off = put_off and on_chief(lambda: not has_row(run, start, EVALUATIONS))
+        if (
+            start >= total and not put_off
+        ):  # no error: a job that is queued again after its last step has nothing left to do
             if chief:
                 say(f"{checkpoint} has done all {total} steps; --schedule.epochs or --train.max-steps ends it later")
             return True
@@ -73,7 +77,7 @@ def run_job(job: Job[Any], recipe: str) -> bool:
             with Reporter(run, job, start, total, device=device, ranks=trainer.world_size, chief=chief) as reporter:
                 if chief:
                     tell.say = reporter.say
-                finished = Loop(trainer, loader, reporter, agreement, stop, watchdog).run(total)
+                finished = Loop(trainer, loader, reporter, agreement, stop, watchdog).run(total, evaluate_first=put_off)
                 if not finished:
                     reporter.say("stopped as asked; --resume auto goes on")
                 return finished

@@ -236,7 +236,9 @@ class FinetuneJob(Job[FineConfig]):
         every = self.config.evaluate_every * order.steps_per_epoch
         return step == total or (every > 0 and step % every == 0)
 
-    def evaluate(self, task: nn.Module, device: torch.device, beat: Callable[[str], None]) -> Mapping[str, float]:
+    def evaluate(
+        self, task: nn.Module, device: torch.device, beat: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> Mapping[str, float] | None:
         """Figures over the images of "val", of which every rank takes its share."""
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         counts, count = self.counts(device), len(self.val_split)
@@ -248,6 +250,8 @@ class FinetuneJob(Job[FineConfig]):
             samples = evaluation_samples(self.val_split, (index % count for index in mine))
             for done, (index, sample) in enumerate(zip(mine, samples, strict=True)):
                 beat(f"evaluating image {done + 1} of {len(mine)}")
+                if stopped():
+                    return None
                 counts.count(task, sample, counted=index < count)
         finally:
             task.train(was_training)

@@ -12,7 +12,6 @@ from sgmim_fast.config import Backend, RunConfig
 from sgmim_fast.data.batches import Loader
 from sgmim_fast.data.order import Place, SampleOrder
 from sgmim_fast.data.substitution import BadSample
-from sgmim_fast.errors import UserError
 from sgmim_fast.train.optim import parameter_groups
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -143,10 +142,19 @@ class Job(ABC, Generic[Config]):
         """Whether the model is to be evaluated when ``step`` steps are done."""
         return False
 
-    def evaluate(self, task: nn.Module, device: torch.device, beat: Callable[[str], None]) -> Mapping[str, float]:
+    def evaluate(
+        self, task: nn.Module, device: torch.device, beat: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> Mapping[str, float] | None:
         """Figures of the model as it is, on all ranks together, which all call this; the task's mode is kept.
+
+        Args:
+            beat: told what is about to be done.
+            stopped: whether the run was asked to stop; all ranks ask together, and get the same answer.
+
+        Returns:
+            None if it was, and the evaluation was given up.
 
         Raises:
             UserError: if nothing can be evaluated.
         """
-        raise UserError(f"{self.doing} has no evaluation")
+        raise NotImplementedError(f"{self.doing} has no evaluation")

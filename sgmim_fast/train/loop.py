@@ -57,18 +57,25 @@ class Loop:
             say=reporter.say,
         )
 
-    def run(self, total: int) -> bool:
-        """All steps up to ``total``; False if a rank was asked to stop before, once its last step is saved."""
+    def run(self, total: int, *, evaluate_first: bool = False) -> bool:
+        """All steps up to ``total``; False if a rank was asked to stop before, once its last step is saved.
+
+        Args:
+            evaluate_first: the run that wrote the checkpoint was stopped in the evaluation that follows its step.
+        """
         self._reporter.say(f"{self._trainer.summary(total)}; {self._reporter.summary()}")
         if warning := self._profiler.warning(total):
             self._reporter.say(warning)
         try:
+            if evaluate_first and not self._evaluate(self._start):
+                return False
             return self._steps(total)
         finally:
             self._checkpoints.close()
 
     def _steps(self, total: int) -> bool:
         batches, log_every = iter(self._loader), self._trainer.config.train.log_every
+        evaluated = True
         for number in range(self._start, total):
             step = self._trainer.step(number, batches, self._profiler, self._watchdog.beat)
             done = number + 1
@@ -77,10 +84,10 @@ class Loop:
                 self._report(step, done)
             self._reporter.step(done)
             if self._trainer.job.evaluates_after(done, total, self._trainer.order):
-                self._evaluate(done)
+                evaluated = self._evaluate(done)
             if self._between_steps(done, total):
                 return False
-        return True
+        return evaluated
 
     def _note(self, step: Step, done: int) -> None:
         self._watch.waited(step.waited)
@@ -108,13 +115,20 @@ class Loop:
         )
         self._logged = done
 
-    def _evaluate(self, done: int) -> None:
+    def _evaluate(self, done: int) -> bool:
+        """False if the run was asked to stop meanwhile."""
         trainer = self._trainer
         self._watchdog.beat(f"evaluating after step {done}")
         before = time.perf_counter()
-        found = trainer.job.evaluate(trainer.task, trainer.device, self._watchdog.beat)
+        found = trainer.job.evaluate(
+            trainer.task, trainer.device, self._watchdog.beat, lambda: self._agreement.any([self._stop.here])[0]
+        )
+        if found is None:
+            self._reporter.say(f"the evaluation after step {done} is put off")
+            return False
         self._reporter.evaluation({"step": done, "epoch": done / trainer.order.steps_per_epoch, **found})
         self._watch.leave_out(time.perf_counter() - before)
+        return True
 
     def _between_steps(self, done: int, total: int) -> bool:
         """Whether to stop here; saves what is due, and finishes what was begun before."""

@@ -14,6 +14,12 @@ def superseded(name: str) -> str:
     return name.replace(".jsonl", ".superseded.jsonl")
 
 
+def has_row(run: Path, step: int, name: str) -> bool:
+    """Whether a file holds a row of ``step``."""
+    path = run / name
+    return path.is_file() and any(_step_of(line) == step for line in path.read_bytes().split(b"\n"))
+
+
 def rewind_rows(run: Path, step: int, name: str) -> int:
     """Leave in a file one row of each step up to ``step``; append every other line to the superseded ones.
 
