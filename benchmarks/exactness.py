@@ -35,7 +35,8 @@ def parity(name: str, function: Contender, case: Case, dtype: torch.dtype, devic
     sample = inputs if case.whole else {n: x[few] if case.is_batched(n) else x for n, x in inputs.items()}
     exact = {n: x.detach().double() if x.is_floating_point() else x for n, x in sample.items()}
     like = tensors(case.truth(**{n: x.detach() for n, x in sample.items()}))
-    cotangents = [torch.randn(x.shape, device=device, dtype=torch.float64).to(x.dtype) for x in like]
+    generator = torch.Generator(device).manual_seed(0)
+    cotangents = [torch.randn(x.shape, generator=generator, device=device).to(x.dtype) for x in like]
     truth = results(case.truth, exact, case, [x.double() for x in cotangents])
     usual = results(case.truth, {n: x.detach() for n, x in sample.items()}, case, cotangents)
     if function.prepare is not None:

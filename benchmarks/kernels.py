@@ -96,6 +96,9 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
             measured = []
             if run.ceilings and name != OURS:
                 rows.append(head | {"failed": reason})
+            if not usable(device):
+                print("the GPU takes no more work of this process; the same command goes on with the rest")
+                return 1
         for row in measured:
             print(describe(label, row), flush=True)
             wrong += name == OURS and not row["correct"]
@@ -111,10 +114,18 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     return 1 if wrong else EXIT_PREEMPTED if missed else 0
 
 
+def usable(device: torch.device) -> bool:
+    """Whether an error has left a GPU that still computes for this process."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except Exception:
+        return False
+    return True
+
+
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
     """What to measure, in this order: all that needs no compiler, then the rest."""
-    every = smoke_cases() if options.smoke else (case for batch in options.batches for case in all_cases(batch))
-    chosen = [case for case in every if case.op in options.ops and options.cases in case.name]
+    chosen = [case for case in cases_of(options) if case.op in options.ops and options.cases in case.name]
     if options.one_each:
         first = {op: next((case for case in chosen if case.op == op), None) for op in options.ops}
         chosen = [case for case in first.values() if case is not None]
@@ -125,6 +136,14 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
                     wanted = name in options.implementations and (name in COMPILED) == compiled
                     if wanted and expresses(name, case):
                         yield name, case, dtype
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """The most important case with every batch size, then the next; each once: large windows may take as few twice."""
+    if options.smoke:
+        return list(smoke_cases())
+    every = (case for group in zip(*map(all_cases, options.batches), strict=True) for case in group)
+    return list({(case.op, case.name, case.batch): case for case in every}.values())
 
 
 def head_of(options: argparse.Namespace, name: str, case: Case, dtype: str) -> dict[str, Any]:
@@ -145,7 +164,7 @@ def ceilings_of(options: argparse.Namespace, device: torch.device) -> Ceilings:
     """Also at the shapes of the products of Swin-B's step, or of a smaller one's."""
     ceilings = harness.measure_ceilings(device, clock_of(device), options.smoke)
     swin = RECIPES["demo"]().model if options.smoke else MODELS["sgmim_swin_base"]
-    rate, _ = measure_products(swin, max(options.batches), device, seconds=0.02, smoke=options.smoke)
+    rate, _ = measure_products(swin, max(options.batches), device, seconds=0.005, smoke=options.smoke)
     ceilings = replace(ceilings, products=rate)
     print(ceilings.describe(), flush=True)
     return ceilings

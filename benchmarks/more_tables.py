@@ -1,8 +1,11 @@
 """Markdown tables of kernels, of what a step must compute and move, and of whole runs."""
 
+from collections.abc import Sequence
+
 from benchmarks.arithmetic import NAMED, PARTS
 from benchmarks.peers import NAMES, OURS
-from benchmarks.recorded import WORDS, Results, model_name
+from benchmarks.recorded import WORDS, Results, model_name, on_gpu
+from benchmarks.rows import Row
 from benchmarks.tables import NOT_MEASURED, digits, reproduce, table, where
 
 EVERYTHING = "make gpu-check SLICE=all"
@@ -85,6 +88,15 @@ def checkpointing(results: Results) -> list[str]:
 # -- whole runs
 
 
+def missing(rows: Sequence[Row], command: str) -> list[str]:
+    """What to say, before rows of CPUs, where none is of a GPU."""
+    return [] if any(map(on_gpu, rows)) else [*unmeasured(command), ""]
+
+
+def told(titles: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[str]:
+    return [*table(titles, lines), *reproduce(rows, "")] if rows else []
+
+
 def products(results: Results) -> list[str]:
     """Matrix products of a step, those that take longest first."""
     rows = [row for gpu in results.gpus("products") for row in results.newest("products", gpu, *PRODUCT_KEYS)]
@@ -144,11 +156,13 @@ def pipeline(results: Results) -> list[str]:
     rows = [
         row
         for gpu in (*results.gpus("pipeline"), None)
-        for row in results.newest("pipeline", gpu, "model", "precision", "batch", "arm", "loader", "data", "workers")
+        for row in results.newest(
+            "pipeline", gpu, "model", "override", "precision", "batch", "arm", "loader", "data", "workers"
+        )
     ]
     lines = [
         (
-            f"{model_name(row)}, batch {row['batch']}, {row['precision']}",
+            ", ".join([model_name(row), *row["override"], f"batch {row['batch']}", row["precision"]]),
             row["environment"].get("gpu") or f"CPU, {row['environment']['cores']} cores",
             f"`{row['arm']}`",
             f"{row['loader']}, {row['workers']} workers",
@@ -160,7 +174,7 @@ def pipeline(results: Results) -> list[str]:
         for row in rows
     ]
     titles = ("model", "on", "arm", "loader", "images/s from files", "step alone", "loader alone", "waiting for data")
-    return [*table(titles, lines), *reproduce(rows, "")] if rows else unmeasured("python -m benchmarks.pipeline")
+    return [*missing(rows, "python -m benchmarks.pipeline"), *told(titles, lines, rows)]
 
 
 def parity(results: Results) -> list[str]:
@@ -173,7 +187,7 @@ def parity(results: Results) -> list[str]:
             for arm, differences in row["differences"].items():
                 lines.append(
                     (
-                        f"{model_name(row)}, {row['precision']}, {row['steps']} steps",
+                        ", ".join([model_name(row), *row["override"], row["precision"], f"{row['steps']} steps"]),
                         row["environment"].get("gpu") or "CPU",
                         f"`{arm}`",
                         f"{differences['loss']:.2e}",
@@ -182,4 +196,4 @@ def parity(results: Results) -> list[str]:
                     )
                 )
     titles = ("model", "on", "arm", "final loss from `reference`'s", "two seeds from each other", "within the spread")
-    return [*table(titles, lines), *reproduce(used, "")] if used else unmeasured("python -m benchmarks.parity")
+    return [*missing(used, "python -m benchmarks.parity"), *told(titles, lines, used)]

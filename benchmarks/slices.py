@@ -67,7 +67,7 @@ def _every_slice() -> tuple[Slice, ...]:
     attention, others = ("--ops", *ATTENTIONS), ("--ops", *bars.MEMORY_BOUND)
     pieces = ("--ops", "attention_layer", "layer_norm", "residual_norm")
     compiled = ("--implementations", "compiled", "flex")
-    some = ("--smoke", "--ops", "masked_l1", "--select", "refused")
+    some = ("--smoke", "--ops", "standardize_structure", "--select", "refused")
     first = Slice(
         "kernels",
         "the kernels' tests, attention forward and backward against what is demanded, the other kernels",

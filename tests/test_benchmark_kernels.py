@@ -1,5 +1,6 @@
 """What the benchmark of the kernels times, whether that is right, and how it goes on where it was stopped."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -74,6 +75,15 @@ def test_every_model_and_window_is_among_the_cases() -> None:
         *(("Swin-B", 6), ("Swin-B", 12), ("Swin-L", 12), ("SwinV2-B", 12)),
         *(("fine-tuning", 7), ("fine-tuning", 22), ("fine-tuning", 30), ("fine-tuning V2", 24)),
     }
+
+
+def test_batch_sizes_take_turns() -> None:
+    options = kernels.arguments().parse_args(["--batches", "1", "8", "256"])
+    cases = kernels.cases_of(options)
+    assert [case.batch for case in cases[:6]] == [1, 8, 256, 1, 8, 256]
+    assert cases[0].name == cases[2].name != cases[3].name
+    keys = [(case.op, case.name, case.batch) for case in cases]
+    assert len(set(keys)) == len(keys)
 
 
 def test_smoke_cases_have_every_operation() -> None:
@@ -253,6 +263,27 @@ def test_what_fails_or_is_wrong_is_told(options: Any, monkeypatch: pytest.Monkey
     assert "p50_seconds" not in wrong
     assert failed["failed"] == "RuntimeError: out of"
     assert kernels.run(options, CPU) == 1  # what is wrong is tried again
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="nothing to compile with")
+def test_compiled_peers_are_timed(options: Any) -> None:
+    """Their backward passes again and again, on one graph."""
+    options.ops, options.implementations = ["residual_norm"], ["compiled"]
+    assert kernels.run(options, CPU) == 0
+    assert [row["pass"] for row in read(options.output)] == ["forward", "backward", "both"]
+
+
+def test_a_gpu_that_is_lost_ends_the_run(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes afterwards would fail for that reason, and must not be recorded as unable."""
+
+    def measure(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    options.implementations = ["plain", "copy"]
+    monkeypatch.setattr(kernels.Run, "measure", measure)
+    monkeypatch.setattr(kernels, "usable", lambda device: False)
+    assert kernels.run(options, CPU) == 1
+    assert [row["implementation"] for row in read(options.output)] == ["plain"]
 
 
 def test_compiled_peers_come_last(options: Any) -> None:

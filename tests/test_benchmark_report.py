@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -80,11 +79,11 @@ def test_check_names_what_is_out_of_date(tmp_path: Path, monkeypatch: pytest.Mon
     with (tmp_path / "results" / "train_step.jsonl").open("a") as file:
         file.write(json.dumps(rows[0] | {"p50_seconds": 2.5}) + "\n")
     before = (tmp_path / "README.md").read_text()
-    command = [sys.executable, "-m", "benchmarks.report", *words, "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
+    monkeypatch.setattr(sys, "argv", ["report", *words, "--check"])
+    with pytest.raises(SystemExit, match="1"):
+        report.main()
     stale = ["docs/images/benchmarks/steps-cpu.svg", "README.md", "docs/performance.md"]
-    assert done.stdout.splitlines() == [f"out of date: {name}" for name in stale]
+    assert capsys.readouterr().out.splitlines() == [f"out of date: {name}" for name in stale]
     assert (tmp_path / "README.md").read_text() == before
     monkeypatch.setattr(sys, "argv", ["report", *words])
     report.main()
@@ -126,7 +125,7 @@ def test_blocks_replace_what_was_there(tmp_path: Path) -> None:
     old = "a\n<!-- benchmarks:parity -->\nold\n<!-- /benchmarks:parity -->\nb\n"
     new = report.fill(old, Path("page.md"), results(tmp_path / "none"), {})
     assert new.startswith("a\n<!-- benchmarks:parity -->\nOn a GPU: not measured.")
-    assert new.endswith("\n    python -m benchmarks.parity\n<!-- /benchmarks:parity -->\nb\n")
+    assert new.endswith("\n    python -m benchmarks.parity\n\n<!-- /benchmarks:parity -->\nb\n")
     assert report.fill(new, Path("page.md"), results(tmp_path / "none"), {}) == new
 
 

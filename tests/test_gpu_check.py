@@ -234,6 +234,7 @@ def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path, capsys: Any) -> 
     assert read(progress.path) == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 def test_all_slices_in_the_smallest_size(tmp_path: Path, capsys: Any) -> None:
     words = ["--smoke", "--slice", "all", "--results", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.gpu_check", *words]
