@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from sgmim_fast.data.scenes.geometry import CEILING, GROUND, Camera, Solid
 from sgmim_fast.data.scenes.objects import arrange, wall_with_opening, yaw_axes
+from sgmim_fast.data.scenes.splits import TRAIN, Variety
 from sgmim_fast.data.scenes.textures import F32, Material, draw_colors, draw_material
 
 F64 = NDArray[np.float64]
@@ -59,23 +60,23 @@ class Layout:
     """Corners of a room with a ceiling, 5 cm inside its walls so that their surfaces count as indoors."""
 
 
-def draw_layout(rng: np.random.Generator, height: int, width: int) -> Layout:
+def draw_layout(rng: np.random.Generator, height: int, width: int, variety: Variety = TRAIN) -> Layout:
     """A random scene for an image of ``height`` x ``width`` pixels; it may still turn out a poor view."""
     kind = str(rng.choice(["room", "yard", "open"], p=[0.5, 0.12, 0.38]))
-    fov = float(rng.uniform(40, 80))
+    fov = float(rng.uniform(*variety.fov))
     focal = max(height, width) / 2 / math.tan(math.radians(fov) / 2)
     if kind == "open":
         size, top = np.array([80.0, 80.0]), 40.0
         solids: list[Solid] = []
-        eye, target = _open_view(rng)
+        eye, target = _open_view(rng, variety)
     else:
         size = rng.uniform(3.0, 8.0, 2) if kind == "room" else rng.uniform(6.0, 18.0, 2)
         top = float(rng.uniform(2.3, 3.8))
         solids = _shell(rng, size, top, ceiling=kind == "room")
-        eye, target = _room_view(rng, size, top)
-    axes = _look(rng, eye, target)
+        eye, target = _room_view(rng, size, top, variety)
+    axes = _look(rng, eye, target, variety)
     camera = Camera(eye, axes, focal, height, width)
-    _furnish(rng, solids, camera, kind, size, top)
+    _furnish(rng, solids, camera, kind, size, top, variety)
     inside = None
     if kind == "room":
         inside = np.array([*(-size / 2 - 0.05), -0.05]), np.array([*(size / 2 + 0.05), top + 0.05])
@@ -84,12 +85,13 @@ def draw_layout(rng: np.random.Generator, height: int, width: int) -> Layout:
     reach = float(np.exp(rng.uniform(np.log(8), np.log(80)))) if foggy else math.inf
     fog_color = sky.horizon if rng.uniform() < 0.5 else draw_colors(rng, 1)[0] * np.float32(sky.horizon.mean() / 0.4)
     ground = draw_material(rng, float(np.exp(rng.uniform(np.log(0.8), np.log(4)))))
-    return Layout(kind, camera, fov, solids, ground, lamps, sky, fog_color, 1 / reach, inside)
+    layout = Layout(kind, camera, fov, solids, ground, lamps, sky, fog_color, 1 / reach, inside)
+    return variety.repainted(rng, layout)
 
 
-def _open_view(rng: np.random.Generator) -> tuple[F64, F64]:
+def _open_view(rng: np.random.Generator, variety: Variety) -> tuple[F64, F64]:
     """Eye and target (3,) outdoors: mostly at the height of a person or a car, sometimes from above."""
-    height = rng.uniform(0.5, 2.2) if rng.uniform() < 0.65 else rng.uniform(2.2, 9.0)
+    height = rng.uniform(*variety.low_eye) if rng.uniform() < 0.65 else rng.uniform(*variety.high_eye)
     distance = rng.uniform(3.0, 12.0)
     bearing = rng.uniform(0, 2 * np.pi)
     target = distance * np.array([math.cos(bearing), math.sin(bearing), 0.0])
@@ -97,27 +99,27 @@ def _open_view(rng: np.random.Generator) -> tuple[F64, F64]:
     return np.array([0.0, 0.0, height]), target
 
 
-def _room_view(rng: np.random.Generator, size: F64, top: float) -> tuple[F64, F64]:
+def _room_view(rng: np.random.Generator, size: F64, top: float, variety: Variety) -> tuple[F64, F64]:
     """Eye and target (3,) in a room, looking along enough of it to see something."""
     edge = size / 2 - 0.7
     low = np.array([*-edge, 0.1])
     high = np.array([*edge, 0.7 * top])
     for _ in range(20):
-        eye = np.array([*rng.uniform(-edge, edge), rng.uniform(0.4, min(2.4, top - 0.35))])
+        eye = np.array([*rng.uniform(-edge, edge), rng.uniform(*variety.room_eye(top))])
         target = rng.uniform(low, high)
         if np.linalg.norm((target - eye)[:2]) > 0.4 * size.max():
             break
     return eye, target
 
 
-def _look(rng: np.random.Generator, eye: F64, target: F64) -> F64:
+def _look(rng: np.random.Generator, eye: F64, target: F64, variety: Variety) -> F64:
     """Camera axes (right, down, forward) towards about the target, a little rolled."""
     forward = target - eye
     forward /= np.linalg.norm(forward)
     pitch = math.asin(forward[2]) + rng.normal(0, math.radians(7))
     pitch = min(max(pitch, math.radians(-70)), math.radians(40))
     yaw = math.atan2(forward[1], forward[0])
-    roll = rng.normal(0, math.radians(2.5)) if rng.uniform() < 0.85 else rng.uniform(-0.4, 0.4)
+    roll = variety.roll(rng)
     ahead = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), math.sin(pitch)])
     right = np.array([math.sin(yaw), -math.cos(yaw), 0.0])
     down = np.cross(ahead, right)
@@ -157,7 +159,15 @@ def _opening(rng: np.random.Generator, length: float, top: float) -> tuple[float
     return left, left + wide, rng.uniform(0.25, 0.45) * top, rng.uniform(0.7, 0.92) * top
 
 
-def _furnish(rng: np.random.Generator, solids: list[Solid], camera: Camera, kind: str, size: F64, top: float) -> None:
+def _furnish(
+    rng: np.random.Generator,
+    solids: list[Solid],
+    camera: Camera,
+    kind: str,
+    size: F64,
+    top: float,
+    variety: Variety,
+) -> None:
     """Put walls and furniture around, most of it in view, clear of the camera and of each other."""
     taken: list[tuple[F64, float]] = [(camera.position[:2], _CLEARANCE)]
     outdoors = kind == "open"
@@ -179,7 +189,8 @@ def _furnish(rng: np.random.Generator, solids: list[Solid], camera: Camera, kind
                 pieces = _free_wall(rng, spot)
             else:
                 # Sizes are drawn without regard to distance, but nothing may fill the view from close by.
-                pieces = arrange(rng, spot, floor, min(grown, 0.3 * away), 30.0 if outdoors else top - floor)
+                headroom = 30.0 if outdoors else top - floor
+                pieces = arrange(rng, spot, floor, min(grown, 0.3 * away), headroom, variety.unseen_furniture)
             reach = max(float(np.linalg.norm(p.center[:2] - spot)) + float(np.hypot(*p.half[:2])) for p in pieces)
             apart = all(np.linalg.norm(spot - other) > (0.8 * reach + margin) for other, margin in taken)
             walled = not outdoors and bool((np.abs(spot) + 0.75 * reach > size / 2).any())

@@ -1,0 +1,117 @@
+"""The rendered scenes of an experiment: for pre-training, and with their depth and labels for tasks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.replicating.sizes import Size
+from sgmim_fast.config import DepthDataConfig, SegmentationDataConfig
+from sgmim_fast.data.dense.opening import open_depth, open_labels
+from sgmim_fast.data.dense.samples import Decoded, DenseDecoder, DenseSamples, TargetReader
+from sgmim_fast.data.manifest import read_manifest
+from sgmim_fast.data.members import Member, Pairs
+from sgmim_fast.data.pair_list import PairList
+from sgmim_fast.data.scenes.synthetic import render_dataset
+from sgmim_fast.probing.data import Kind
+
+_LISTED = ("images", "structure", "labels", "normals")
+
+
+@dataclass(frozen=True)
+class SceneFolders:
+    """Where they are: ``train`` and ``test`` as rendered; ``dense`` names them as two splits of one data set."""
+
+    train: Path
+    test: Path
+    dense: Path
+
+
+def render(size: Size, work: Path, workers: int | None, say: Callable[[str], None]) -> SceneFolders:
+    """Render what is not there yet."""
+    root = work / f"scenes-{size.name}"
+    folders = SceneFolders(root / "train", root / "test", root / "dense")
+    side = max(size.model.hw)
+    say(f"scenes in {root}")
+    for folder, count, split in (
+        (folders.train, size.scenes, "train"),
+        (folders.test, size.test_scenes, "test"),
+    ):
+        render_dataset(folder, count=count, size=side, seed=size.scene_seed, workers=workers, normals=True, split=split)
+    for kind in _LISTED:
+        (folders.dense / kind).mkdir(parents=True, exist_ok=True)
+        for split, folder in (("train", folders.train), ("val", folders.test)):
+            link = folders.dense / kind / split
+            if not link.is_symlink():
+                link.symlink_to(Path("../..") / folder.name / kind, target_is_directory=True)
+    for name in ("dataset.json", "metadata.jsonl"):  # the scale, and the sign that rendering came to its end
+        (folders.dense / name).write_bytes((folders.train / name).read_bytes())
+    return folders
+
+
+def open_maps(folders: SceneFolders, maps: str) -> Pairs:
+    """Pairs for pre-training, in the order of their names whatever the maps."""
+    if maps == "structure":
+        return read_manifest(folders.train)
+    listed = folders.train.parent / f"{maps}.txt"
+    names = sorted(path.stem for path in (folders.train / "images").iterdir())
+    root = folders.train.resolve()
+    listed.write_text("".join(f"{root}/images/{name}.jpg {root}/{maps}/{name}.png\n" for name in names))
+    return read_manifest(listed)
+
+
+class KeptDecoder(DenseDecoder):
+    """Keeps what it has decoded: the scenes of an experiment fit into memory."""
+
+    def __new__(cls, reader: TargetReader, benchmark_crop: bool) -> "KeptDecoder":
+        made = super().__new__(cls, reader, benchmark_crop)
+        made._kept = {}
+        return made
+
+    _kept: dict[str, Decoded]
+
+    def decode(self, image: Member, target: Member) -> Decoded:
+        found = self._kept.get(image.path)
+        if found is None:
+            found = self._kept[image.path] = super().decode(image, target)
+        return found
+
+
+class DenseScenes:
+    """The labelled scenes, opened and decoded once."""
+
+    def __init__(self, size: Size, folders: SceneFolders) -> None:
+        self.size = size
+        side = size.model.hw
+        path = str(folders.dense)
+        self.depth = DepthDataConfig(dataset="scenes", path=path, crop_size=side, workers=0)
+        self.labels = SegmentationDataConfig(
+            dataset="scenes", path=path, crop_size=side, resize=None, ratio_range=(0.8, 1.5), workers=0
+        )
+        self._open: dict[tuple[Kind, str], DenseSamples] = {}
+
+    def split(self, kind: Kind, split: str) -> DenseSamples:
+        """All scenes of "train" or "val", the test scenes."""
+        if (kind, split) not in self._open:
+            chosen = "train" if split == "train" else "val"
+            if kind == "depth":
+                samples = open_depth(self.depth, chosen, max_depth=self.size.depth.max_depth)
+            else:
+                samples = open_labels(self.labels, chosen, classes=self.size.segmentation.classes)
+            samples.decoder = KeptDecoder(*samples.decoder)
+            self._open[kind, split] = samples
+        return self._open[kind, split]
+
+    def labelled(self, kind: Kind, count: int, seed: int) -> DenseSamples:
+        """``count`` training scenes, drawn by the seed; a larger number adds to those of a smaller one."""
+        all_of_them = self.split(kind, "train")
+        drawn = np.random.default_rng(seed).permutation(len(all_of_them))[:count].tolist()
+        return DenseSamples(
+            all_of_them.root,
+            PairList.of([all_of_them.pairs[index] for index in drawn]),
+            all_of_them.decoder,
+            summary=f"{count} of {all_of_them.describe()}",
+            class_names=all_of_them.class_names,
+            max_depth=all_of_them.max_depth,
+        )
