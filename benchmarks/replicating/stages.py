@@ -1,4 +1,4 @@
-"""The stages of an experiment: pre-train an arm, probe its encoder, fine-tune it. Each depends on its settings alone."""
+"""The stages of an experiment: pre-train an arm, probe its encoder, fine-tune it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -70,12 +70,12 @@ TRAIN = Variety(
     unseen_patterns=False,
 )
 TEST = Variety(
-    fov=(84, 100),
-    low_eye=(0.2, 0.48),
-    high_eye=(9.1, 14.0),
+    fov=(82, 92),
+    low_eye=(0.25, 0.48),
+    high_eye=(9.1, 12.0),
     low_room_eye=True,
     steady=0.4,
-    rolls=(0.41, 0.8),
+    rolls=(0.41, 0.6),
     unseen_furniture=True,
     unseen_patterns=True,
 )

@@ -1,0 +1,114 @@
+"""The pieces of an experiment: which there are, which have a row, and how long those that are left may take."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+
+from benchmarks.replicating.arms import ARMS, ROW_COLOUR
+from benchmarks.replicating.sizes import VERSION, Size
+from sgmim_fast.errors import UserError
+
+Stage = Literal["pretrain", "probe", "depth", "segmentation"]
+"""The last two are fine-tuning."""
+STAGES: tuple[Stage, ...] = get_args(Stage)
+BENCHMARK = "replication"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one row is about, and what is done without a stop."""
+
+    arm: str
+    seed: int
+    stage: Stage
+    labels: int | None = None
+    factor: float = 1.0
+    """Of the rate of pre-training."""
+
+    @property
+    def name(self) -> str:
+        """For files and people."""
+        labels = "" if self.labels is None else f"-{self.labels}"
+        factor = "" if self.factor == 1 else f"-lr{self.factor:g}"
+        return f"{self.arm}-{self.seed}-{self.stage}{labels}{factor}"
+
+    @property
+    def pretraining(self) -> "Piece":
+        """The piece that makes the weights this one begins with."""
+        return Piece(self.arm, self.seed, "pretrain", None, self.factor)
+
+
+def pieces_of(size: Size, arms: Sequence[str], seeds: Iterable[int], factor: float = 1.0) -> list[Piece]:
+    """All pieces, one seed after the other, so that what is there early can be compared already."""
+    found = []
+    for seed in seeds:
+        for arm in (ROW_COLOUR, *arms):
+            if arm == ROW_COLOUR:
+                found += [Piece(arm, seed, "probe", labels) for labels in size.labels]
+                continue
+            own = factor if ARMS[arm].kind is not None else 1.0
+            found.append(Piece(arm, seed, "pretrain", None, own))
+            for stage in STAGES[1:]:
+                found += [Piece(arm, seed, stage, labels, own) for labels in size.labels]
+    return found
+
+
+def fingerprint(size: Size, piece: Piece) -> str:
+    """Of all settings that a piece's figures depend on. Settings of later stages do not count for earlier ones."""
+    settings = asdict(size)
+    later = {
+        "pretrain": ("labels", "finetune_", "depth", "segmentation", "layer_decay", "probe_", "test_scenes"),
+        "probe": ("labels", "finetune_", "depth_lr", "segmentation_lr", "layer_decay"),
+    }.get(piece.stage, ("labels", "probe_"))
+    kept = {name: value for name, value in settings.items() if not name.startswith(later)}
+    if piece.stage == "probe":
+        kept |= {"depth": settings["depth"], "segmentation": settings["segmentation"]}
+    kept.pop("lr_factors")
+    kept.pop("loading_threads")
+    if piece.arm == ROW_COLOUR:
+        kept = {name: value for name, value in kept.items() if not name.startswith("pretrain")}
+    else:
+        kept["arm"] = repr(ARMS[piece.arm])
+    text = json.dumps([VERSION, kept, asdict(piece)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of this benchmark in a file; none where there is no file.
+
+    Raises:
+        UserError: for a line that is no JSON.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(
+                f"{path}, line {number}: is no JSON, perhaps a run was cut off while it wrote; remove that line"
+            ) from None
+        if row.get("benchmark") == BENCHMARK:
+            rows.append(row)
+    return rows
+
+
+def done(rows: Iterable[Row]) -> dict[str, Row]:
+    """Rows by fingerprint."""
+    return {row["fingerprint"]: row for row in rows}
+
+
+def estimated_seconds(piece: Piece, rows: Iterable[Mapping[str, Any]], size: Size) -> float | None:
+    """What a piece may take: the median of its stage's rows of this size, if possible of its arm; None without any."""
+    same = [row for row in rows if row["size"] == size.name and row["stage"] == piece.stage]
+    if piece.stage == "pretrain":  # that of scratch takes no time
+        same = [row for row in same if (row["arm"] == "scratch") == (piece.arm == "scratch")]
+    own = [row for row in same if row["arm"] == piece.arm and row["labels"] == piece.labels]
+    chosen = own or [row for row in same if row["labels"] == piece.labels] or same
+    return median(row["cost"]["seconds"] for row in chosen) if chosen else None

@@ -1,0 +1,108 @@
+"""Does structured guidance make better features for dense tasks? The method against SimMIM and its own ablations.
+
+    python -m benchmarks.replication --size micro --list             what is done, what is left, how long it may take
+    python -m benchmarks.replication --size micro --minutes 20       go on for 20 minutes; again until nothing is left
+    python -m benchmarks.replication --report                        plots and a table of the rows there are
+    python -m benchmarks.replication --size micro --figures          predictions, features and spectra of one seed
+
+PLACEHOLDER
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.replicating.arms import ARMS, DEFAULT_ARMS, find_arm
+from benchmarks.replicating.pieces import Piece, done, estimated_seconds, fingerprint, pieces_of, read_rows
+from benchmarks.replicating.running import Runner
+from benchmarks.replicating.sizes import SIZES, Size
+from sgmim_fast.errors import UserError, one_line_errors
+
+RESULTS = harness.RESULTS / "replication.jsonl"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+WORK = Path("runs/replication")
+SEEDS = (0, 1, 2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    with one_line_errors():
+        run(options)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=tuple(SIZES), default="micro")
+    parser.add_argument("--arms", nargs="+", default=list(DEFAULT_ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
+    parser.add_argument("--lr-factor", type=float, default=1.0, help="one of the grid that all arms share")
+    parser.add_argument("--minutes", type=float, help="stop after the piece in which they are over")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for scenes and weights")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
+    parser.add_argument("--workers", type=int, help="processes that render (default: one a core)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="say what is done and left, and do nothing")
+    what.add_argument("--report", action="store_true", help="write plots and a table of the rows")
+    what.add_argument("--figures", action="store_true", help="write pictures of predictions, features and spectra")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder that pictures and the table go to")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask for.
+
+    Raises:
+        UserError: for an unknown arm, a rate outside the grid, or as the pieces.
+    """
+    size = SIZES[options.size]
+    for arm in options.arms:
+        find_arm(arm)
+    if options.lr_factor not in size.lr_factors:
+        raise UserError(f"--lr-factor {options.lr_factor:g} is not of the grid {', '.join(map(str, size.lr_factors))}")
+    if any(seed < 0 for seed in options.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, options.seeds))} must be 0 or more")
+    pieces = pieces_of(size, options.arms, options.seeds, options.lr_factor)
+    if options.list:
+        list_pieces(size, pieces, options.output)
+    elif options.report:
+        from benchmarks.replicating.reporting import write_report
+
+        for path in write_report(read_rows(options.output), size, options.lr_factor, options.images):
+            say(str(path))
+    elif options.figures:
+        from benchmarks.replicating.figures import write_figures
+
+        runner = Runner(size, options.work, options.output, options.workers, say)
+        for path in write_figures(runner, options.arms, options.seeds[0], options.lr_factor, options.images):
+            say(str(path))
+    else:
+        runner = Runner(size, options.work, options.output, options.workers, say)
+        left = runner.run(pieces, options.minutes)
+        say(f"{left} pieces left; the same command goes on" if left else "nothing is left to do")
+
+
+def list_pieces(size: Size, pieces: Sequence[Piece], output: Path) -> None:
+    """Say what has a row, and what has none."""
+    rows = read_rows(output)
+    known = done(rows)
+    seconds, unknown, left = 0.0, 0, 0
+    for piece in pieces:
+        row = known.get(fingerprint(size, piece))
+        if row is not None:
+            say(f"done   {piece.name}: {row['cost']['seconds']:.1f} s")
+            continue
+        guess = estimated_seconds(piece, rows, size)
+        left += 1
+        seconds, unknown = seconds + (guess or 0), unknown + (guess is None)
+        say(f"left   {piece.name}: {'nothing like it has been done yet' if guess is None else f'about {guess:.1f} s'}")
+    more = f", and {unknown} nobody knows of" if unknown else ""
+    say(f"{len(pieces) - left} done, {left} left: about {seconds / 60:.1f} minutes{more}")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
