@@ -55,10 +55,12 @@ PROBED = (
     *(Metric("probe", ("knn-depth", key), f"k-NN depth {label}", better) for key, label, better in _DEPTH),
     Metric("probe", ("knn-segmentation", "mIoU"), "k-NN mIoU", "higher"),
 )
-CONSTANTS = {
-    "depth": Metric("probe", ("constant depth", "rmse"), "constant depth RMSE", "lower"),
-    "segmentation": Metric("probe", ("constant segmentation", "mIoU"), "constant mIoU", "higher"),
-}
+FEATURELESS = (
+    Metric("probe", ("constant depth", "rmse"), "constant: depth RMSE", "lower"),
+    Metric("probe", ("grid target depth", "rmse"), "truth on the grid: depth RMSE", "lower"),
+    Metric("probe", ("constant segmentation", "mIoU"), "constant: mIoU", "higher"),
+    Metric("probe", ("grid target segmentation", "mIoU"), "truth on the grid: mIoU", "higher"),
+)
 
 
 @dataclass(frozen=True)
