@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.replicating.arms import ARMS, DEFAULT_ARMS, find_arm
-from benchmarks.replicating.pieces import Piece, done, estimated_seconds, fingerprint, pieces_of, read_rows
+from benchmarks.replicating.pieces import Piece, done, estimated_seconds, fingerprint, pieces_of, read_rows, share_of
 from benchmarks.replicating.running import Runner
 from benchmarks.replicating.sizes import SIZES, Size
 from sgmim_fast.errors import UserError, one_line_errors
@@ -37,6 +37,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(DEFAULT_ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
     parser.add_argument("--lr-factor", type=float, default=1.0, help="one of the grid that all arms share")
+    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="what process I (from 0) of N does")
     parser.add_argument("--minutes", type=float, help="stop after the piece in which they are over")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for scenes and weights")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
@@ -47,6 +48,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--figures", action="store_true", help="write pictures of predictions, features and spectra")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder that pictures and the table go to")
     return parser.parse_args(arguments)
+
+
+def share(text: str) -> tuple[int, int]:
+    """``"1/2"`` as (1, 2)."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N with I from 0 to N - 1, such as 0/2")
+    return int(number), int(count)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -62,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--lr-factor {options.lr_factor:g} is not of the grid {', '.join(map(str, size.lr_factors))}")
     if any(seed < 0 for seed in options.seeds):
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))} must be 0 or more")
-    pieces = pieces_of(size, options.arms, options.seeds, options.lr_factor)
+    pieces = share_of(pieces_of(size, options.arms, options.seeds, options.lr_factor), *options.share)
     if options.list:
         list_pieces(size, pieces, options.output)
     elif options.report:

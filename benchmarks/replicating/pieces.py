@@ -58,6 +58,13 @@ def pieces_of(size: Size, arms: Sequence[str], seeds: Iterable[int], factor: flo
     return found
 
 
+def share_of(pieces: Sequence[Piece], number: int, count: int) -> list[Piece]:
+    """What process ``number`` of ``count`` does: every so manieth arm of a seed, with all that builds on its weights."""
+    groups = list(dict.fromkeys((piece.seed, piece.arm) for piece in pieces))
+    own = set(groups[number::count])
+    return [piece for piece in pieces if (piece.seed, piece.arm) in own]
+
+
 def fingerprint(size: Size, piece: Piece) -> str:
     """Of all settings that a piece's figures depend on. Settings of later stages do not count for earlier ones."""
     settings = asdict(size)

@@ -1,5 +1,6 @@
 """The rendered scenes of an experiment: for pre-training, and with their depth and labels for tasks."""
 
+import fcntl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,13 @@ class SceneFolders:
 def render(size: Size, work: Path, workers: int | None, say: Callable[[str], None]) -> SceneFolders:
     """Render what is not there yet."""
     root = work / f"scenes-{size.name}"
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes on one folder one renders and the others wait
+        return _rendered(size, root, workers, say)
+
+
+def _rendered(size: Size, root: Path, workers: int | None, say: Callable[[str], None]) -> SceneFolders:
     folders = SceneFolders(root / "train", root / "test", root / "dense")
     side = max(size.model.hw)
     say(f"scenes in {root}")

@@ -23,7 +23,7 @@ class Size:
     scene_seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
-    threads: int = 2
+    threads: int = 1
     """Of PyTorch on the CPU: sums are rounded otherwise with another number."""
     loading_threads: int = 1
     pretrain_batch: int = 32
@@ -65,7 +65,6 @@ SIZES = {
             model=ModelConfig(image_size=64, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 1, 2), window_size=4),
             scenes=24,
             test_scenes=6,
-            threads=1,
             pretrain_batch=8,
             pretrain_steps=6,
             pretrain=OptimizerConfig(lr=0.016),

@@ -63,17 +63,17 @@ class Layout:
 def draw_layout(rng: np.random.Generator, height: int, width: int, variety: Variety = TRAIN) -> Layout:
     """A random scene for an image of ``height`` x ``width`` pixels; it may still turn out a poor view."""
     kind = str(rng.choice(["room", "yard", "open"], p=[0.5, 0.12, 0.38]))
-    fov = float(rng.uniform(*variety.fov))
+    fov = float(variety.field_of_view(rng))
     focal = max(height, width) / 2 / math.tan(math.radians(fov) / 2)
     if kind == "open":
         size, top = np.array([80.0, 80.0]), 40.0
         solids: list[Solid] = []
-        eye, target = _open_view(rng, variety)
+        eye, target = _open_view(rng)
     else:
         size = rng.uniform(3.0, 8.0, 2) if kind == "room" else rng.uniform(6.0, 18.0, 2)
         top = float(rng.uniform(2.3, 3.8))
         solids = _shell(rng, size, top, ceiling=kind == "room")
-        eye, target = _room_view(rng, size, top, variety)
+        eye, target = _room_view(rng, size, top)
     axes = _look(rng, eye, target, variety)
     camera = Camera(eye, axes, focal, height, width)
     _furnish(rng, solids, camera, kind, size, top, variety)
@@ -89,9 +89,9 @@ def draw_layout(rng: np.random.Generator, height: int, width: int, variety: Vari
     return variety.repainted(rng, layout)
 
 
-def _open_view(rng: np.random.Generator, variety: Variety) -> tuple[F64, F64]:
+def _open_view(rng: np.random.Generator) -> tuple[F64, F64]:
     """Eye and target (3,) outdoors: mostly at the height of a person or a car, sometimes from above."""
-    height = rng.uniform(*variety.low_eye) if rng.uniform() < 0.65 else rng.uniform(*variety.high_eye)
+    height = rng.uniform(0.5, 2.2) if rng.uniform() < 0.65 else rng.uniform(2.2, 9.0)
     distance = rng.uniform(3.0, 12.0)
     bearing = rng.uniform(0, 2 * np.pi)
     target = distance * np.array([math.cos(bearing), math.sin(bearing), 0.0])
@@ -99,13 +99,13 @@ def _open_view(rng: np.random.Generator, variety: Variety) -> tuple[F64, F64]:
     return np.array([0.0, 0.0, height]), target
 
 
-def _room_view(rng: np.random.Generator, size: F64, top: float, variety: Variety) -> tuple[F64, F64]:
+def _room_view(rng: np.random.Generator, size: F64, top: float) -> tuple[F64, F64]:
     """Eye and target (3,) in a room, looking along enough of it to see something."""
     edge = size / 2 - 0.7
     low = np.array([*-edge, 0.1])
     high = np.array([*edge, 0.7 * top])
     for _ in range(20):
-        eye = np.array([*rng.uniform(-edge, edge), rng.uniform(*variety.room_eye(top))])
+        eye = np.array([*rng.uniform(-edge, edge), rng.uniform(0.4, min(2.4, top - 0.35))])
         target = rng.uniform(low, high)
         if np.linalg.norm((target - eye)[:2]) > 0.4 * size.max():
             break
