@@ -59,7 +59,7 @@ def pieces_of(size: Size, arms: Sequence[str], seeds: Iterable[int], factor: flo
 
 
 def share_of(pieces: Sequence[Piece], number: int, count: int) -> list[Piece]:
-    """What process ``number`` of ``count`` does: every so manieth arm of a seed, with all that builds on its weights."""
+    """What process ``number`` of ``count`` does: every N-th arm of a seed, with all that builds on its weights."""
     groups = list(dict.fromkeys((piece.seed, piece.arm) for piece in pieces))
     own = set(groups[number::count])
     return [piece for piece in pieces if (piece.seed, piece.arm) in own]

@@ -1,7 +1,7 @@
 """What is in a synthetic scene: rooms and open places, cameras, lights and weather, all at random."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sgmim_fast.data.scenes.geometry import CEILING, GROUND, Camera, Solid
 from sgmim_fast.data.scenes.objects import arrange, wall_with_opening, yaw_axes
 from sgmim_fast.data.scenes.splits import TRAIN, Variety
-from sgmim_fast.data.scenes.textures import F32, Material, draw_colors, draw_material
+from sgmim_fast.data.scenes.textures import F32, UNSEEN_PATTERNS, Material, draw_colors, draw_material
 
 F64 = NDArray[np.float64]
 _FLOOR = 0.02  # metres by which a room's floor lies above the ground outside
@@ -86,7 +86,17 @@ def draw_layout(rng: np.random.Generator, height: int, width: int, variety: Vari
     fog_color = sky.horizon if rng.uniform() < 0.5 else draw_colors(rng, 1)[0] * np.float32(sky.horizon.mean() / 0.4)
     ground = draw_material(rng, float(np.exp(rng.uniform(np.log(0.8), np.log(4)))))
     layout = Layout(kind, camera, fov, solids, ground, lamps, sky, fog_color, 1 / reach, inside)
-    return variety.repainted(rng, layout)
+    return _repainted(rng, layout) if variety.unseen_patterns else layout
+
+
+def _repainted(rng: np.random.Generator, layout: Layout) -> Layout:
+    """The layout in patterns of the test split; pieces that share a material still do."""
+    new: dict[int, Material] = {}
+    for material in (layout.ground, *(solid.material for solid in layout.solids)):
+        if id(material) not in new:
+            new[id(material)] = replace(material, pattern=UNSEEN_PATTERNS[rng.integers(len(UNSEEN_PATTERNS))])
+    solids = [replace(solid, material=new[id(solid.material)]) for solid in layout.solids]
+    return replace(layout, ground=new[id(layout.ground)], solids=solids)
 
 
 def _open_view(rng: np.random.Generator) -> tuple[F64, F64]:

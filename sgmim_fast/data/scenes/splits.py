@@ -1,18 +1,12 @@
 """What scenes of a split may show. Those of "test" have textures, furniture and cameras that "train" never shows."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
-from sgmim_fast.data.scenes.textures import UNSEEN_PATTERNS
 from sgmim_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from sgmim_fast.data.scenes.layout import Layout
 
 SceneSplit = Literal["train", "test"]
 
@@ -41,17 +35,6 @@ class Variety:
             return rng.normal(0, math.radians(2.5))
         low, high = self.rolls
         return rng.uniform(low, high) if low < 0 or rng.uniform() < 0.5 else rng.uniform(-high, -low)
-
-    def repainted(self, rng: np.random.Generator, layout: Layout) -> Layout:
-        """The layout with patterns of this split; pieces that share a material still do."""
-        if not self.unseen_patterns:
-            return layout
-        new = {}
-        for material in (layout.ground, *(solid.material for solid in layout.solids)):
-            if id(material) not in new:
-                new[id(material)] = replace(material, pattern=UNSEEN_PATTERNS[rng.integers(len(UNSEEN_PATTERNS))])
-        solids = [replace(solid, material=new[id(solid.material)]) for solid in layout.solids]
-        return replace(layout, ground=new[id(layout.ground)], solids=solids)
 
 
 TRAIN = Variety(
