@@ -262,7 +262,7 @@ def _weave(knobs: tuple[float, float, float], x: F32, y: F32, width: F32) -> _La
     duty = 0.55 + 0.3 * knobs[0]
     across, along = _wave(x * 2, duty, width * 2), _wave(y * 2, duty, width * 2)
     square = np.add(np.floor(x * 2), np.floor(y * 2), dtype=np.float32)
-    over = _wave(square / 2, 0.5, np.full_like(width, 0.02))
+    over = _wave(square * np.float32(0.5), 0.5, np.full_like(width, 0.02))
     first = across * (over + (1 - over) * (1 - along))
     return first, along * (1 - first), _ONE
 
