@@ -9,11 +9,13 @@ import numpy as np
 
 from benchmarks.replicating.sizes import Size
 from sgmim_fast.config import DepthDataConfig, SegmentationDataConfig
+from sgmim_fast.data.dense.folders import Split
 from sgmim_fast.data.dense.opening import open_depth, open_labels
 from sgmim_fast.data.dense.samples import Decoded, DenseDecoder, DenseSamples, TargetReader
 from sgmim_fast.data.manifest import read_manifest
 from sgmim_fast.data.members import Member, Pairs
 from sgmim_fast.data.pair_list import PairList
+from sgmim_fast.data.scenes.splits import SceneSplit
 from sgmim_fast.data.scenes.synthetic import render_dataset
 from sgmim_fast.probing.data import Kind
 
@@ -42,15 +44,16 @@ def _rendered(size: Size, root: Path, workers: int | None, say: Callable[[str], 
     folders = SceneFolders(root / "train", root / "test", root / "dense")
     side = max(size.model.hw)
     say(f"scenes in {root}")
-    for folder, count, split in (
+    splits: tuple[tuple[Path, int, SceneSplit], ...] = (
         (folders.train, size.scenes, "train"),
         (folders.test, size.test_scenes, "test"),
-    ):
+    )
+    for folder, count, split in splits:
         render_dataset(folder, count=count, size=side, seed=size.scene_seed, workers=workers, normals=True, split=split)
     for kind in _LISTED:
         (folders.dense / kind).mkdir(parents=True, exist_ok=True)
-        for split, folder in (("train", folders.train), ("val", folders.test)):
-            link = folders.dense / kind / split
+        for name, folder in (("train", folders.train), ("val", folders.test)):
+            link = folders.dense / kind / name
             if not link.is_symlink():
                 link.symlink_to(Path("../..") / folder.name / kind, target_is_directory=True)
     for name in ("dataset.json", "metadata.jsonl"):  # the scale, and the sign that rendering came to its end
@@ -97,16 +100,15 @@ class DenseScenes:
         self.labels = SegmentationDataConfig(
             dataset="scenes", path=path, crop_size=side, resize=None, ratio_range=(0.8, 1.5), workers=0
         )
-        self._open: dict[tuple[Kind, str], DenseSamples] = {}
+        self._open: dict[tuple[Kind, Split], DenseSamples] = {}
 
-    def split(self, kind: Kind, split: str) -> DenseSamples:
+    def split(self, kind: Kind, split: Split) -> DenseSamples:
         """All scenes of "train" or "val", the test scenes."""
         if (kind, split) not in self._open:
-            chosen = "train" if split == "train" else "val"
             if kind == "depth":
-                samples = open_depth(self.depth, chosen, max_depth=self.size.depth.max_depth)
+                samples = open_depth(self.depth, split, max_depth=self.size.depth.max_depth)
             else:
-                samples = open_labels(self.labels, chosen, classes=self.size.segmentation.classes)
+                samples = open_labels(self.labels, split, classes=self.size.segmentation.classes)
             samples.decoder = KeptDecoder(*samples.decoder)
             self._open[kind, split] = samples
         return self._open[kind, split]

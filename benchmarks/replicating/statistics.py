@@ -39,7 +39,7 @@ class Metric:
         return float(value)
 
 
-_DEPTH = (
+_DEPTH: tuple[tuple[str, str, Better], ...] = (
     ("rmse", "RMSE", "lower"),
     ("abs_rel", "AbsRel", "lower"),
     ("d1", "d1", "higher"),
