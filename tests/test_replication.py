@@ -20,7 +20,7 @@ from benchmarks.replicating.looking import component_colours, relative_log_ampli
 from benchmarks.replicating.pieces import Piece, Row, fingerprint, pieces_of, read_rows, share_of
 from benchmarks.replicating.reporting import write_report
 from benchmarks.replicating.running import Runner
-from benchmarks.replicating.scenes import DenseScenes, SceneFolders, render
+from benchmarks.replicating.scenes import DenseScenes, SceneFolders, render, set_of
 from benchmarks.replicating.sizes import SIZES, Size
 from benchmarks.replicating.stages import pretrain_batches
 from benchmarks.replicating.stepping import Stepper
@@ -95,8 +95,14 @@ def test_labelled_scenes_of_a_seed_are_nested_and_the_same_for_both_tasks(folder
     names = [few.name(index) for index in range(8)]
     assert names == [more.name(index) for index in range(8)]
     assert names == [scenes.labelled("segmentation", 8, 5).name(index) for index in range(8)]
-    assert len(scenes.split("depth", "val")) == SMOKE.test_scenes
-    assert "/val/" in scenes.split("depth", "val").name(0)
+    test = scenes.split("depth", "val")
+    sets = [set_of(test.name(index)) for index in range(len(test))]
+    assert sorted(sets) == ["familiar"] * SMOKE.test_scenes + ["test"] * SMOKE.test_scenes
+    assert json.loads((folders.test / "dataset.json").read_text())["request"]["split"] == "test"
+    descriptions = [
+        (folder / "metadata.jsonl").read_text().splitlines() for folder in (folders.train, folders.familiar)
+    ]
+    assert not set(descriptions[0]) & set(descriptions[1]), "familiar scenes are not those of training"
 
 
 # -- arms are what they say
@@ -235,7 +241,7 @@ def test_every_piece_has_a_row(rows: list[Row], work: Path) -> None:
             assert row["cost"]["images"] == SMOKE.pretrain_steps * SMOKE.pretrain_batch
             assert math.isfinite(row["figures"]["image_loss"])
         elif row["stage"] == "depth":
-            assert {"rmse", "abs_rel", "d1", "silog"} <= row["figures"].keys()
+            assert {"rmse", "abs_rel", "d1", "silog", "familiar rmse"} <= row["figures"].keys()
         elif row["stage"] == "segmentation":
             assert 0 <= row["figures"]["mIoU"] <= 1
         else:
@@ -336,10 +342,11 @@ def test_bootstrap_over_images() -> None:
 def test_figures_of_single_images_add_up_to_those_of_rows(rows: list[Row], work: Path) -> None:
     runner = Runner(SMOKE, work, work / "rows.jsonl", 1, quiet)
     by_stage = {row["stage"]: row["figures"] for row in rows if row["arm"] == "sgmim" and row["seed"] == 0}
-    depth = np.load(runner.images_file(Piece("sgmim", 0, "depth", 8)))
-    assert statistics.depth_figure(5)(depth) == pytest.approx(by_stage["depth"]["rmse"], rel=1e-12)
-    classes = np.load(runner.images_file(Piece("sgmim", 0, "segmentation", 8)))
-    assert statistics.mean_iou(classes.astype(np.float64)) == pytest.approx(by_stage["segmentation"]["mIoU"], rel=1e-12)
+    depth, classes = (np.load(runner.images_file(Piece("sgmim", 0, stage, 8))) for stage in ("depth", "segmentation"))
+    for name, before in (("test", ""), ("familiar", "familiar ")):
+        rmse, iou = by_stage["depth"][f"{before}rmse"], by_stage["segmentation"][f"{before}mIoU"]
+        assert statistics.depth_figure(5)(depth[name]) == pytest.approx(rmse, rel=1e-12)
+        assert statistics.mean_iou(classes[name].astype(np.float64)) == pytest.approx(iou, rel=1e-12)
 
 
 def test_report_and_figures_are_written(rows: list[Row], work: Path, tmp_path: Path) -> None:
@@ -349,7 +356,7 @@ def test_report_and_figures_are_written(rows: list[Row], work: Path, tmp_path: P
     value = [row["figures"]["rmse"] for row in rows if row["stage"] == "depth" and row["arm"] == "sgmim"]
     assert f"| sgmim | {sum(value) / 2:.4f} ± {abs(value[0] - value[1]) / math.sqrt(2):.4f}; " in text
     assert "| row-colour |" in text
-    assert "| constant: depth RMSE | 8 |" in text
+    assert "| constant depth RMSE, unseen | 8 |" in text
     runner = Runner(SMOKE, work, work / "rows.jsonl", 1, quiet)
     written += write_figures(runner, ("simmim", "sgmim"), 0, 1.0, tmp_path)
     for path in written:

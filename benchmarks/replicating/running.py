@@ -124,10 +124,9 @@ class Runner:
             return probe(self.size, self._features(piece), piece.seed, piece.labels, self.scenes)
         weights = self.weights(piece)
         _, result = finetune(piece.stage, self.size, weights, piece.seed, piece.labels, self.scenes)
-        for values in result.arrays.values():
-            path = self.images_file(piece)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, values)
+        path = self.images_file(piece)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **result.arrays)  # type: ignore[arg-type]
         return result
 
     def _features(self, piece: Piece) -> Features:
@@ -145,8 +144,10 @@ class Runner:
         return self.work / "weights" / f"{self.size.name}-{pretraining.name}-{fingerprint(self.size, pretraining)}.pt"
 
     def images_file(self, piece: Piece) -> Path:
-        """Where the figures of single test images are: (images, 11) of depth, (images, classes, classes) pixels."""
-        return self.work / "images" / f"{self.size.name}-{piece.name}-{fingerprint(self.size, piece)}.npy"
+        """Where the figures of single test images are, an array a set: (images, 11) of depth, or
+        (images, classes, classes) pixels.
+        """
+        return self.work / "images" / f"{self.size.name}-{piece.name}-{fingerprint(self.size, piece)}.npz"
 
     def weights(self, piece: Piece) -> Weights:
         """What the piece begins with.

@@ -1,6 +1,7 @@
 """The rendered scenes of an experiment: for pre-training, and with their depth and labels for tasks."""
 
 import fcntl
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,17 @@ from sgmim_fast.probing.data import Kind
 _LISTED = ("images", "structure", "labels", "normals")
 
 
+TEST, FAMILIAR = "test", "familiar"
+"""Sets to test on: textures, furniture and cameras that training never shows; and new scenes of the kind it shows."""
+
+
 @dataclass(frozen=True)
 class SceneFolders:
-    """Where they are: ``train`` and ``test`` as rendered; ``dense`` names them as two splits of one data set."""
+    """Where they are: ``train`` and the two sets to test on as rendered; ``dense`` names them as one data set."""
 
     train: Path
     test: Path
+    familiar: Path
     dense: Path
 
 
@@ -41,24 +47,35 @@ def render(size: Size, work: Path, workers: int | None, say: Callable[[str], Non
 
 
 def _rendered(size: Size, root: Path, workers: int | None, say: Callable[[str], None]) -> SceneFolders:
-    folders = SceneFolders(root / "train", root / "test", root / "dense")
+    folders = SceneFolders(*(root / name for name in ("train", TEST, FAMILIAR, "dense")))
     side = max(size.model.hw)
     say(f"scenes in {root}")
-    splits: tuple[tuple[Path, int, SceneSplit], ...] = (
-        (folders.train, size.scenes, "train"),
-        (folders.test, size.test_scenes, "test"),
+    seed, count = size.scene_seed, size.test_scenes
+    splits: tuple[tuple[Path, int, int, SceneSplit], ...] = (
+        (folders.train, size.scenes, seed, "train"),
+        (folders.test, count, seed, "test"),
+        (folders.familiar, count, seed + 1, "train"),
     )
-    for folder, count, split in splits:
-        render_dataset(folder, count=count, size=side, seed=size.scene_seed, workers=workers, normals=True, split=split)
+    for folder, scenes, own_seed, split in splits:
+        render_dataset(folder, count=scenes, size=side, seed=own_seed, workers=workers, normals=True, split=split)
     for kind in _LISTED:
-        (folders.dense / kind).mkdir(parents=True, exist_ok=True)
-        for name, folder in (("train", folders.train), ("val", folders.test)):
-            link = folders.dense / kind / name
-            if not link.is_symlink():
-                link.symlink_to(Path("../..") / folder.name / kind, target_is_directory=True)
+        _link(folders.dense / kind / "train", folders.train / kind)
+        for folder in (folders.test, folders.familiar):
+            _link(folders.dense / kind / "val" / folder.name, folder / kind)
     for name in ("dataset.json", "metadata.jsonl"):  # the scale, and the sign that rendering came to its end
         (folders.dense / name).write_bytes((folders.train / name).read_bytes())
     return folders
+
+
+def _link(link: Path, target: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+
+
+def set_of(name: str) -> str:
+    """``TEST`` or ``FAMILIAR``, by the name of a sample."""
+    return name.split("/")[-2]
 
 
 def open_maps(folders: SceneFolders, maps: str) -> Pairs:
@@ -103,7 +120,7 @@ class DenseScenes:
         self._open: dict[tuple[Kind, Split], DenseSamples] = {}
 
     def split(self, kind: Kind, split: Split) -> DenseSamples:
-        """All scenes of "train" or "val", the test scenes."""
+        """All scenes of "train", or those of both sets to test on ("val")."""
         if (kind, split) not in self._open:
             if kind == "depth":
                 samples = open_depth(self.depth, split, max_depth=self.size.depth.max_depth)

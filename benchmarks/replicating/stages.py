@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.replicating.arms import Arm, encoder_of, initial_encoder, make_task
-from benchmarks.replicating.scenes import DenseScenes, SceneFolders, open_maps
+from benchmarks.replicating.scenes import DenseScenes, SceneFolders, open_maps, set_of
+from benchmarks.replicating.sets import TEST_SETS, ClassesOfSets, DepthOfSets, flat
 from benchmarks.replicating.sizes import Size
 from benchmarks.replicating.stepping import Cost, Stepper, batches, train
 from sgmim_fast.backbones import create_backbone
@@ -32,7 +33,6 @@ from sgmim_fast.probing.data import Kind, ProbeSplits
 from sgmim_fast.probing.features import BackboneFeatures, Features, RowColour
 from sgmim_fast.probing.probes import CONSTANT, GRID_TARGET, run_probes
 from sgmim_fast.probing.settings import Probe, ProbeSettings
-from sgmim_fast.probing.targets import ClassTarget, DepthTarget
 from sgmim_fast.tasks.evaluation import DepthCounts, SegmentationCounts
 from sgmim_fast.tasks.finetuned import DenseTask, backbone_options
 from sgmim_fast.tasks.finetuned import make_task as make_dense_task
@@ -123,20 +123,23 @@ def make_backbone(size: Size, weights: Mapping[str, Tensor], **options: Any) -> 
 
 
 def probe_features(size: Size, weights: Mapping[str, Tensor] | None) -> Features:
-    """Features of all maps of an encoder; None for row, column and colour alone."""
+    """Features of all maps of an encoder, and row and column; None for row, column and mean colour alone.
+
+    Swin knows little of where a token is; so it is asked what it tells beyond that.
+    """
     if weights is None:
         return Features(RowColour())
     backbone = make_backbone(size, weights, norm="last", pyramid=False).to(size.device)
-    return Features(BackboneFeatures(backbone))
+    return Features(BackboneFeatures(backbone, place=True))
 
 
 def probe(size: Size, features: Features, seed: int, labels: int, scenes: DenseScenes) -> Result:
-    """Linear and nearest-neighbour probes of depth and of classes, scored on all test scenes."""
+    """Linear and nearest-neighbour probes of depth and of classes, scored on both sets of test scenes."""
     figures: dict[str, Any] = {}
     seconds = 0.0
     settings = ProbeSettings(
         train_images=labels,
-        val_images=size.test_scenes,
+        val_images=len(TEST_SETS) * size.test_scenes,
         seed=seed,
         tokens=max(size.probe_tokens, labels),
         folds=size.probe_folds,
@@ -147,9 +150,9 @@ def probe(size: Size, features: Features, seed: int, labels: int, scenes: DenseS
     }
     for kind, names in probes.items():
         target = (
-            DepthTarget(size.depth.min_depth, size.depth.max_depth, "none")
+            DepthOfSets(size.depth.min_depth, size.depth.max_depth, "none")
             if kind == "depth"
-            else ClassTarget(size.segmentation.classes)
+            else ClassesOfSets(size.segmentation.classes)
         )
         splits = ProbeSplits(kind, scenes.split(kind, "train"), scenes.split(kind, "val"), target)
         report = run_probes(features, splits, names, settings)
@@ -206,21 +209,23 @@ def finetune(
 def _evaluated(
     kind: Kind, size: Size, task: DenseTask, scenes: DenseScenes, losses: list[tuple[float | None, ...]], cost: Cost
 ) -> Result:
-    """Figures over the test scenes, and of each of them."""
+    """Figures over each set of test scenes, and of each of them."""
     device = torch.device(size.device)
-    counts: DepthCounts | SegmentationCounts
-    if kind == "depth":
-        counts = DepthCounts(size.depth, DepthEvalConfig(flip=True), device)
-    else:
-        counts = SegmentationCounts(size.segmentation, SegmentationEvalConfig(mode="whole"), device)
+
+    def make() -> DepthCounts | SegmentationCounts:
+        if kind == "depth":
+            return DepthCounts(size.depth, DepthEvalConfig(flip=True), device)
+        return SegmentationCounts(size.segmentation, SegmentationEvalConfig(mode="whole"), device)
+
+    counts = {name: make() for name in TEST_SETS}
+    single: dict[str, list[np.ndarray]] = {name: [] for name in TEST_SETS}
     task.eval()
     test = scenes.split(kind, "val")
-    single = []
-    before = counts.state.cpu().clone()
     for sample in evaluation_samples(test, range(len(test))):
-        counts.count(task, sample)
-        after = counts.state.cpu().clone()
-        single.append((after - before).numpy())
-        before = after
-    found = counts.compute() | counts.details(test.class_names)
-    return Result({"train_loss": _losses(losses, ("loss",))["loss"], **found}, cost.row(), {kind: np.stack(single)})
+        name = set_of(sample.name)
+        before = counts[name].state.cpu().clone()
+        counts[name].count(task, sample)
+        single[name].append((counts[name].state.cpu() - before).numpy())
+    found = {name: count.compute() | count.details(test.class_names) for name, count in counts.items()}
+    figures = {"train_loss": _losses(losses, ("loss",))["loss"], **flat(found)}
+    return Result(figures, cost.row(), {name: np.stack(values) for name, values in single.items()})

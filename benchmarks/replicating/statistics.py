@@ -45,21 +45,31 @@ _DEPTH: tuple[tuple[str, str, Better], ...] = (
     ("d1", "d1", "higher"),
     ("silog", "SILog", "lower"),
 )
-FINETUNED = (
-    *(Metric("depth", (key,), f"fine-tuned depth {label}", better) for key, label, better in _DEPTH),
-    Metric("segmentation", ("mIoU",), "fine-tuned mIoU", "higher"),
-)
+_SETS = (("", "unseen"), ("familiar ", "familiar"))
+"""What stands before a figure's name, and how people call the set."""
+
+
+def _metrics(stage: str, name: str, depth: tuple[str, ...], classes: tuple[str, ...]) -> tuple[Metric, ...]:
+    """Of both sets, depth before classes."""
+    found = [
+        Metric(stage, (*depth, f"{before}{key}"), f"{name} depth {label}, {words}", better)
+        for key, label, better in _DEPTH
+        for before, words in _SETS
+    ]
+    found += [Metric(stage, (*classes, f"{before}mIoU"), f"{name} mIoU, {words}", "higher") for before, words in _SETS]
+    return tuple(found)
+
+
+FINETUNED = (*_metrics("depth", "fine-tuned", (), ())[:-2], *_metrics("segmentation", "fine-tuned", (), ())[-2:])
 PROBED = (
-    *(Metric("probe", ("depth", key), f"linear depth {label}", better) for key, label, better in _DEPTH),
-    Metric("probe", ("segmentation", "mIoU"), "linear mIoU", "higher"),
-    *(Metric("probe", ("knn-depth", key), f"k-NN depth {label}", better) for key, label, better in _DEPTH),
-    Metric("probe", ("knn-segmentation", "mIoU"), "k-NN mIoU", "higher"),
+    *_metrics("probe", "linear", ("depth",), ("segmentation",)),
+    *_metrics("probe", "k-NN", ("knn-depth",), ("knn-segmentation",)),
 )
-FEATURELESS = (
-    Metric("probe", ("constant depth", "rmse"), "constant: depth RMSE", "lower"),
-    Metric("probe", ("grid target depth", "rmse"), "truth on the grid: depth RMSE", "lower"),
-    Metric("probe", ("constant segmentation", "mIoU"), "constant: mIoU", "higher"),
-    Metric("probe", ("grid target segmentation", "mIoU"), "truth on the grid: mIoU", "higher"),
+FEATURELESS = tuple(
+    metric
+    for name, words in (("constant", "constant"), ("grid target", "truth on the grid"))
+    for metric in _metrics("probe", words, (f"{name} depth",), (f"{name} segmentation",))
+    if metric.label.split(",")[0].endswith(("RMSE", "mIoU"))
 )
 
 
