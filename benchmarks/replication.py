@@ -2,10 +2,37 @@
 
     python -m benchmarks.replication --size micro --list             what is done, what is left, how long it may take
     python -m benchmarks.replication --size micro --minutes 20       go on for 20 minutes; again until nothing is left
-    python -m benchmarks.replication --report                        plots and a table of the rows there are
+    python -m benchmarks.replication --size micro --share 0/2        half of it, while another process does --share 1/2
+    python -m benchmarks.replication --size micro --report           plots and a table of the rows there are
     python -m benchmarks.replication --size micro --figures          predictions, features and spectra of one seed
 
-PLACEHOLDER
+Each arm (``replicating/arms.py``) pre-trains one encoder. All arms of a seed begin with the same encoder to the bit and
+see the same crops of the same scenes in the same order under the same masks, for as many steps at the same rate; no arm
+is tuned. ``--lr-factor`` chooses another rate from a grid that is the same for all. Then each encoder is
+
+* probed (``sgmim_fast.probing``): linear and nearest-neighbour depth and classes, beside row and column;
+* fine-tuned: depth with the head "glp", classes with UPerNet, by the package's tasks, layer decay and schedules.
+
+The labelled scenes are drawn by the seed and nested; every number of labels gets as many steps. Scored are scenes with
+textures, furniture and cameras that training never shows (``sgmim synth --split test``), and apart from them new scenes
+of the kind it shows, whose figures are named "familiar ...". The arm "row-colour" is the probe of row, column and mean
+colour; its rows hold the constant and the truth on the grid, too.
+
+Rows go to ``benchmarks/results/replication.jsonl``, one a piece (arm, seed, stage, labels). A piece that has a row with
+the fingerprint of its settings is not done again. Weights, scenes and figures of single test images are in ``--work``.
+On CPUs figures are the same again to the last digit on the same kind of machine; on GPUs they are not promised to be.
+
+Sizes (``replicating/sizes.py``):
+
+* ``micro``: Swin of three stages, 96 pixels, two CPU cores, one thread a process: run two, ``--share 0/2`` and ``1/2``.
+  Seconds of one core, measured on an AMD EPYC that was shared with others, so rather too many than too few: rendering
+  2,400 scenes 62; pre-training 103 (12,800 images); probes 53 (15, 18 and 20 by number of labels); fine-tuning depth 34
+  and classes 24 (1,920 images each), for each number of labels. 9 arms and 3 seeds take 62 + 24 x 103 + 27 x 53 + 81 x
+  (34 + 24) = 8,700, or 73 minutes of two cores.
+* ``small``: Swin of three stages, 128 pixels, one GPU, bf16; in slices, say ``--minutes 8``. It has not been timed:
+  look at ``--list`` after a few pieces, and name fewer ``--arms`` if it says too much. If the work folder is lost
+  between slices, scenes and the weights that are still needed are made again.
+* ``smoke``: whether it works; its figures mean nothing.
 """
 
 import argparse

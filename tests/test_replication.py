@@ -22,7 +22,7 @@ from benchmarks.replicating.reporting import write_report
 from benchmarks.replicating.running import Runner
 from benchmarks.replicating.scenes import DenseScenes, SceneFolders, render, set_of
 from benchmarks.replicating.sizes import SIZES, Size
-from benchmarks.replicating.stages import pretrain_batches
+from benchmarks.replicating.stages import finetune, pretrain, pretrain_batches
 from benchmarks.replicating.stepping import Stepper
 from sgmim_fast.config import OptimizerConfig
 from sgmim_fast.errors import UserError
@@ -225,6 +225,36 @@ def test_bf16_steps_copies_in_full_precision() -> None:
     assert layer.weight.dtype == torch.bfloat16
     stepper.finish()
     assert layer.weight.item() == pytest.approx(0.99, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgmim", "structure-same-cells", "fourth-channel"])
+def test_arms_train_in_bf16(name: str, folders: SceneFolders) -> None:
+    size = replace(SMOKE, precision="bf16")
+    begun = encoder_of(make_task(ARMS[name], size.model, 0))
+    weights, result = pretrain(size, ARMS[name], 0, folders)
+    assert math.isfinite(result.figures["loss"])
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    assert any(not torch.equal(weights[key], begun[key]) for key in weights)
+
+
+def test_tasks_train_in_bf16(folders: SceneFolders) -> None:
+    size = replace(SMOKE, precision="bf16")
+    weights, _ = pretrain(size, ARMS["scratch"], 0, folders)
+    scenes = DenseScenes(size, folders)
+    for kind in ("depth", "segmentation"):
+        task, result = finetune(kind, size, weights, 0, 8, scenes)
+        assert math.isfinite(result.figures["train_loss"])
+        assert all(parameter.dtype == torch.float32 for parameter in task.parameters())
+
+
+def test_learning_makes_losses_smaller(folders: SceneFolders) -> None:
+    """A short training of the real loop learns: the optimizer's steps reach the weights."""
+    size = replace(SMOKE, pretrain_steps=30)
+    _, result = pretrain(size, ARMS["sgmim"], 0, folders)
+    curve = result.figures["curve"]
+    assert curve[-1] < 0.95 * curve[0]
+    _, other = pretrain(size, ARMS["sgmim"], 0, folders, factor=0.5)
+    assert other.figures["curve"][-1] != curve[-1]
 
 
 # -- rows
