@@ -8,7 +8,8 @@
 
 Each arm (``replicating/arms.py``) pre-trains one encoder. All arms of a seed begin with the same encoder to the bit and
 see the same crops of the same scenes in the same order under the same masks, for as many steps at the same rate; no arm
-is tuned. ``--lr-factor`` chooses another rate from a grid that is the same for all. Then each encoder is
+is tuned. ``--rate`` and ``--length`` choose other rates and numbers of steps from grids that are the same for all. Then
+each encoder is
 
 * probed (``sgmim_fast.probing``): linear and nearest-neighbour depth and classes, beside row and column;
 * fine-tuned: depth with the head "glp", classes with UPerNet, by the package's tasks, layer decay and schedules.
@@ -37,13 +38,14 @@ Sizes (``replicating/sizes.py``):
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.replicating.arms import ARMS, DEFAULT_ARMS, find_arm
 from benchmarks.replicating.pieces import Piece, done, estimated_seconds, fingerprint, pieces_of, read_rows, share_of
-from benchmarks.replicating.running import Runner
-from benchmarks.replicating.sizes import SIZES, Size
+from benchmarks.replicating.running import Runner, images_file
+from benchmarks.replicating.sizes import SIZES, Size, Variant
 from sgmim_fast.errors import UserError, one_line_errors
 
 RESULTS = harness.RESULTS / "replication.jsonl"
@@ -63,7 +65,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="micro")
     parser.add_argument("--arms", nargs="+", default=list(DEFAULT_ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
-    parser.add_argument("--lr-factor", type=float, default=1.0, help="one of the grid that all arms share")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor of the rate of pre-training, of a fixed grid")
+    parser.add_argument("--length", type=float, default=1.0, help="factor of its steps, of a fixed grid")
     parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="what process I (from 0) of N does")
     parser.add_argument("--minutes", type=float, help="stop after the piece in which they are over")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for scenes and weights")
@@ -73,6 +76,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--list", action="store_true", help="say what is done and left, and do nothing")
     what.add_argument("--report", action="store_true", help="write plots and a table of the rows")
     what.add_argument("--figures", action="store_true", help="write pictures of predictions, features and spectra")
+    parser.add_argument("--bootstrap", action="store_true", help="with --report: intervals over test images")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder that pictures and the table go to")
     return parser.parse_args(arguments)
 
@@ -94,23 +98,26 @@ def run(options: argparse.Namespace) -> None:
     size = SIZES[options.size]
     for arm in options.arms:
         find_arm(arm)
-    if options.lr_factor not in size.lr_factors:
-        raise UserError(f"--lr-factor {options.lr_factor:g} is not of the grid {', '.join(map(str, size.lr_factors))}")
+    for name, value, grid in (("rate", options.rate, size.lr_factors), ("length", options.length, size.lengths)):
+        if value not in grid:
+            raise UserError(f"--{name} {value:g} is not of the grid {', '.join(map(str, grid))}")
+    variant = Variant(options.rate, options.length)
     if any(seed < 0 for seed in options.seeds):
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))} must be 0 or more")
-    pieces = share_of(pieces_of(size, options.arms, options.seeds, options.lr_factor), *options.share)
+    pieces = share_of(pieces_of(size, options.arms, options.seeds, variant), *options.share)
     if options.list:
         list_pieces(size, pieces, options.output)
     elif options.report:
         from benchmarks.replicating.reporting import write_report
 
-        for path in write_report(read_rows(options.output), size, options.lr_factor, options.images):
+        images = partial(images_file, options.work, size) if options.bootstrap else None
+        for path in write_report(read_rows(options.output), size, variant, options.images, images):
             say(str(path))
     elif options.figures:
         from benchmarks.replicating.figures import write_figures
 
         runner = Runner(size, options.work, options.output, options.workers, say)
-        for path in write_figures(runner, options.arms, options.seeds[0], options.lr_factor, options.images):
+        for path in write_figures(runner, options.arms, options.seeds[0], variant, options.images):
             say(str(path))
     else:
         runner = Runner(size, options.work, options.output, options.workers, say)

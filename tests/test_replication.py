@@ -17,11 +17,11 @@ from benchmarks.replicating import statistics
 from benchmarks.replicating.arms import ARMS, DEFAULT_ARMS, encoder_of, find_arm, initial_encoder, make_task
 from benchmarks.replicating.figures import write_figures
 from benchmarks.replicating.looking import component_colours, relative_log_amplitudes
-from benchmarks.replicating.pieces import Piece, Row, fingerprint, pieces_of, read_rows, share_of
-from benchmarks.replicating.reporting import write_report
+from benchmarks.replicating.pieces import Piece, Row, fingerprint, piece_of, pieces_of, read_rows, share_of
+from benchmarks.replicating.reporting import length_curves, write_report
 from benchmarks.replicating.running import Runner
 from benchmarks.replicating.scenes import DenseScenes, SceneFolders, render, set_of
-from benchmarks.replicating.sizes import SIZES, Size
+from benchmarks.replicating.sizes import SIZES, USUAL, Size, Variant
 from benchmarks.replicating.stages import finetune, pretrain, pretrain_batches
 from benchmarks.replicating.stepping import Stepper
 from sgmim_fast.config import OptimizerConfig
@@ -76,16 +76,16 @@ def test_arms_of_one_shape_begin_with_the_same_new_parts() -> None:
 
 def test_all_arms_see_the_same_images_in_the_same_order_with_the_same_masks(folders: SceneFolders) -> None:
     seen: dict[str, list[dict[str, Tensor]]] = {
-        name: list(pretrain_batches(SMOKE, ARMS[name], 0, folders)) for name in ("simmim", "sgmim", "sgmim-normals")
+        name: list(pretrain_batches(SMOKE, ARMS[name], 0, folders, 6)) for name in ("simmim", "sgmim", "sgmim-normals")
     }
-    assert len(seen["sgmim"]) == SMOKE.pretrain_steps
+    assert len(seen["sgmim"]) == 6
     for one, other, normals in zip(*seen.values(), strict=True):
         for key in ("image", "mask", "masked", "visible", "index"):
             assert torch.equal(one[key], other[key])
             assert torch.equal(one[key], normals[key])
         assert torch.equal(one["structure"], other["structure"])
         assert normals["structure"].shape[1] == 3
-    another = next(iter(pretrain_batches(SMOKE, ARMS["sgmim"], 1, folders)))
+    another = next(iter(pretrain_batches(SMOKE, ARMS["sgmim"], 1, folders, 1)))
     assert not torch.equal(another["index"], seen["sgmim"][0]["index"])
 
 
@@ -253,7 +253,7 @@ def test_learning_makes_losses_smaller(folders: SceneFolders) -> None:
     _, result = pretrain(size, ARMS["sgmim"], 0, folders)
     curve = result.figures["curve"]
     assert curve[-1] < 0.95 * curve[0]
-    _, other = pretrain(size, ARMS["sgmim"], 0, folders, factor=0.5)
+    _, other = pretrain(size, ARMS["sgmim"], 0, folders, Variant(rate=0.5))
     assert other.figures["curve"][-1] != curve[-1]
 
 
@@ -319,7 +319,7 @@ def test_a_second_run_gives_the_same_rows_and_stops_when_asked(rows: list[Row], 
 def test_bad_options_are_refused_in_one_line(tmp_path: Path) -> None:
     for arguments, message in (
         (["--arms", "nothing"], "arm 'nothing' is unknown"),
-        (["--lr-factor", "3"], "--lr-factor 3 is not of the grid 0.5, 1.0, 2.0"),
+        (["--rate", "3"], "--rate 3 is not of the grid 0.5, 1.0, 2.0"),
         (["--seeds", "-1"], "--seeds -1 must be 0 or more"),
         (["--report", "--output", str(tmp_path / "none.jsonl")], "there are no rows of size micro"),
         (["--size", "smoke", "--figures", "--work", str(tmp_path)], "holds no weights of seed 0"),
@@ -380,20 +380,43 @@ def test_figures_of_single_images_add_up_to_those_of_rows(rows: list[Row], work:
 
 
 def test_report_and_figures_are_written(rows: list[Row], work: Path, tmp_path: Path) -> None:
-    written = write_report(rows, SMOKE, 1.0, tmp_path)
+    runner = Runner(SMOKE, work, work / "rows.jsonl", 1, quiet)
+    written = write_report(rows, SMOKE, USUAL, tmp_path, runner.images_file)
     assert [path.name for path in written] == ["claim_table.md", "claim_labels.svg", "claim_pretraining.svg"]
     text = written[0].read_text()
     value = [row["figures"]["rmse"] for row in rows if row["stage"] == "depth" and row["arm"] == "sgmim"]
     assert f"| sgmim | {sum(value) / 2:.4f} ± {abs(value[0] - value[1]) / math.sqrt(2):.4f}; " in text
     assert "| row-colour |" in text
+    assert "| depth RMSE, familiar | 8 | sgmim | 2 | [" in text
     assert "| constant depth RMSE, unseen | 8 |" in text
-    runner = Runner(SMOKE, work, work / "rows.jsonl", 1, quiet)
-    written += write_figures(runner, ("simmim", "sgmim"), 0, 1.0, tmp_path)
+    written += write_figures(runner, ("simmim", "sgmim"), 0, USUAL, tmp_path)
     for path in written:
         assert path.stat().st_size > 500
         if path.suffix == ".svg":
             ET.fromstring(path.read_text())
     assert json.dumps(rows) == json.dumps(read_rows(work / "rows.jsonl"))
+
+
+def test_lengths_are_drawn_over_steps(rows: list[Row], tmp_path: Path) -> None:
+    """Rows of another length, as if that had been run, with figures that are told apart."""
+    longer = []
+    for row in rows:
+        if row["arm"] == "row-colour":
+            continue
+        variant = Variant(length=2.0)
+        piece = replace(piece_of(row), variant=variant)
+        longer.append({**row, "length": 2.0, "fingerprint": fingerprint(SMOKE, piece)})
+    svg = length_curves(rows + longer, SMOKE, USUAL)
+    assert svg is not None
+    assert f">{SMOKE.pretrain_steps}<" in svg
+    assert f">{2 * SMOKE.pretrain_steps}<" in svg
+    ET.fromstring(svg)
+    assert length_curves(rows, SMOKE, USUAL) is None
+    written = write_report(rows + longer, SMOKE, Variant(length=2.0), tmp_path)
+    assert "claim_length.svg" in {path.name for path in written}
+    stale = replace(SMOKE, pretrain_steps=7)
+    with pytest.raises(UserError, match="no rows of size smoke, as its settings are now"):
+        write_report([row for row in rows if row["arm"] != "row-colour"], stale, USUAL, tmp_path)
 
 
 def test_spectrum_of_known_maps() -> None:

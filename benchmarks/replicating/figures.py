@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from benchmarks.replicating.arms import ARMS
 from benchmarks.replicating.charts import Panel, Point, render_panels
 from benchmarks.replicating.looking import component_colours, relative_log_amplitudes
-from benchmarks.replicating.pieces import Piece
+from benchmarks.replicating.pieces import Piece, variant_of
 from benchmarks.replicating.running import Runner
+from benchmarks.replicating.sizes import Variant
 from benchmarks.replicating.stages import Weights, finetune, make_backbone
 from sgmim_fast.data.dense.evaluation import EvaluationSample, evaluation_samples
 from sgmim_fast.errors import UserError
@@ -34,7 +34,7 @@ class Column:
     tiles: Sequence[Picture]
 
 
-def write_figures(runner: Runner, arms: Sequence[str], seed: int, factor: float, folder: Path) -> list[Path]:
+def write_figures(runner: Runner, arms: Sequence[str], seed: int, variant: Variant, folder: Path) -> list[Path]:
     """Write pictures of the arms whose weights are in the work folder, fine-tuned with the fewest labels.
 
     Raises:
@@ -42,7 +42,7 @@ def write_figures(runner: Runner, arms: Sequence[str], seed: int, factor: float,
     """
     found = {}
     for arm in arms:
-        piece = Piece(arm, seed, "pretrain", None, factor if ARMS[arm].kind is not None else 1.0)
+        piece = Piece(arm, seed, "pretrain", None, variant_of(arm, variant))
         if runner.weights_file(piece).is_file():
             found[arm] = runner.weights(piece)
     if not found:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, Literal, get_args
 
 from benchmarks.replicating.arms import ARMS, ROW_COLOUR
-from benchmarks.replicating.sizes import VERSION, Size
+from benchmarks.replicating.sizes import USUAL, VERSION, Size, Variant
 from sgmim_fast.errors import UserError
 
 Stage = Literal["pretrain", "probe", "depth", "segmentation"]
@@ -27,23 +27,31 @@ class Piece:
     seed: int
     stage: Stage
     labels: int | None = None
-    factor: float = 1.0
-    """Of the rate of pre-training."""
+    variant: Variant = USUAL
 
     @property
     def name(self) -> str:
         """For files and people."""
         labels = "" if self.labels is None else f"-{self.labels}"
-        factor = "" if self.factor == 1 else f"-lr{self.factor:g}"
-        return f"{self.arm}-{self.seed}-{self.stage}{labels}{factor}"
+        return f"{self.arm}-{self.seed}-{self.stage}{labels}{self.variant.name}"
 
     @property
     def pretraining(self) -> "Piece":
         """The piece that makes the weights this one begins with."""
-        return Piece(self.arm, self.seed, "pretrain", None, self.factor)
+        return Piece(self.arm, self.seed, "pretrain", None, self.variant)
 
 
-def pieces_of(size: Size, arms: Sequence[str], seeds: Iterable[int], factor: float = 1.0) -> list[Piece]:
+def variant_of(arm: str, variant: Variant) -> Variant:
+    """What of it concerns an arm: nothing, where nothing is pre-trained."""
+    return USUAL if arm == ROW_COLOUR or ARMS[arm].kind is None else variant
+
+
+def piece_of(row: Row) -> Piece:
+    """What a row is about."""
+    return Piece(row["arm"], row["seed"], row["stage"], row["labels"], Variant(row["rate"], row["length"]))
+
+
+def pieces_of(size: Size, arms: Sequence[str], seeds: Iterable[int], variant: Variant = USUAL) -> list[Piece]:
     """All pieces, one seed after the other, so that what is there early can be compared already."""
     found = []
     for seed in seeds:
@@ -51,7 +59,7 @@ def pieces_of(size: Size, arms: Sequence[str], seeds: Iterable[int], factor: flo
             if arm == ROW_COLOUR:
                 found += [Piece(arm, seed, "probe", labels) for labels in size.labels]
                 continue
-            own = factor if ARMS[arm].kind is not None else 1.0
+            own = variant_of(arm, variant)
             found.append(Piece(arm, seed, "pretrain", None, own))
             for stage in STAGES[1:]:
                 found += [Piece(arm, seed, stage, labels, own) for labels in size.labels]
@@ -75,8 +83,8 @@ def fingerprint(size: Size, piece: Piece) -> str:
     kept = {name: value for name, value in settings.items() if not name.startswith(later)}
     if piece.stage == "probe":
         kept |= {"depth": settings["depth"], "segmentation": settings["segmentation"]}
-    kept.pop("lr_factors")
-    kept.pop("loading_threads")
+    for name in ("name", "lr_factors", "lengths", "loading_threads"):
+        kept.pop(name)
     if piece.arm == ROW_COLOUR:
         kept = {name: value for name, value in kept.items() if not name.startswith("pretrain")}
     else:
@@ -113,7 +121,11 @@ def done(rows: Iterable[Row]) -> dict[str, Row]:
 
 def estimated_seconds(piece: Piece, rows: Iterable[Mapping[str, Any]], size: Size) -> float | None:
     """What a piece may take: the median of its stage's rows of this size, if possible of its arm; None without any."""
-    same = [row for row in rows if row["size"] == size.name and row["stage"] == piece.stage]
+    same = [
+        row
+        for row in rows
+        if (row["size"], row["stage"], row["length"]) == (size.name, piece.stage, piece.variant.length)
+    ]
     if piece.stage == "pretrain":  # that of scratch takes no time
         same = [row for row in same if (row["arm"] == "scratch") == (piece.arm == "scratch")]
     own = [row for row in same if row["arm"] == piece.arm and row["labels"] == piece.labels]

@@ -20,6 +20,13 @@ from sgmim_fast.probing.features import Features
 Say = Callable[[str], None]
 
 
+def images_file(work: Path, size: Size, piece: Piece) -> Path:
+    """Where the figures of single test images are, an array a set: (images, 11) of depth, or (images, classes, classes)
+    pixels.
+    """
+    return work / "images" / f"{size.name}-{piece.name}-{fingerprint(size, piece)}.npz"
+
+
 class Runner:
     """Does the pieces of one size.
 
@@ -105,7 +112,8 @@ class Runner:
             "seed": piece.seed,
             "stage": piece.stage,
             "labels": piece.labels,
-            "lr_factor": piece.factor,
+            "rate": piece.variant.rate,
+            "length": piece.variant.length,
             "fingerprint": fingerprint(self.size, piece),
             "device": self.size.device,
             "precision": self.size.precision,
@@ -116,7 +124,7 @@ class Runner:
 
     def _result(self, piece: Piece) -> Result:
         if piece.stage == "pretrain":
-            weights, result = pretrain(self.size, ARMS[piece.arm], piece.seed, self.folders, piece.factor)
+            weights, result = pretrain(self.size, ARMS[piece.arm], piece.seed, self.folders, piece.variant)
             self._keep(weights, self.weights_file(piece))
             return result
         assert piece.labels is not None
@@ -144,10 +152,8 @@ class Runner:
         return self.work / "weights" / f"{self.size.name}-{pretraining.name}-{fingerprint(self.size, pretraining)}.pt"
 
     def images_file(self, piece: Piece) -> Path:
-        """Where the figures of single test images are, an array a set: (images, 11) of depth, or
-        (images, classes, classes) pixels.
-        """
-        return self.work / "images" / f"{self.size.name}-{piece.name}-{fingerprint(self.size, piece)}.npz"
+        """See the function of this name."""
+        return images_file(self.work, self.size, piece)
 
     def weights(self, piece: Piece) -> Weights:
         """What the piece begins with.

@@ -10,6 +10,25 @@ VERSION = 1
 CLASSES = 8
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How pre-training differs from what the size says, alike in all arms that are compared."""
+
+    rate: float = 1.0
+    """Factor of the learning rate."""
+    length: float = 1.0
+    """Factor of the steps."""
+
+    @property
+    def name(self) -> str:
+        """For files and people; nothing where nothing differs."""
+        rate = "" if self.rate == 1 else f"-rate{self.rate:g}"
+        return rate + ("" if self.length == 1 else f"-length{self.length:g}")
+
+
+USUAL = Variant()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """Settings that all arms share."""
@@ -32,6 +51,8 @@ class Size:
     """The rate is for 512 images, as in the package."""
     lr_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     """The grid, the same for every arm: factors of the rate of pre-training. 1 is used unless others are asked for."""
+    lengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    """Likewise of the steps of pre-training, each with a whole schedule."""
     labels: tuple[int, ...]
     """Labelled images, ascending; the smaller sets are part of the larger ones."""
     finetune_batch: int = 16
@@ -46,6 +67,10 @@ class Size:
     )
     probe_tokens: int = 4096
     probe_folds: int = 5
+
+    def steps(self, variant: Variant) -> int:
+        """Of pre-training."""
+        return max(1, round(self.pretrain_steps * variant.length))
 
     @property
     def schedule(self) -> ScheduleConfig:

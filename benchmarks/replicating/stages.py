@@ -1,6 +1,6 @@
 """The stages of an experiment: pre-train an arm, probe its encoder, fine-tune it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.replicating.arms import Arm, encoder_of, initial_encoder, make_task
 from benchmarks.replicating.scenes import DenseScenes, SceneFolders, open_maps, set_of
 from benchmarks.replicating.sets import TEST_SETS, ClassesOfSets, DepthOfSets, flat
-from benchmarks.replicating.sizes import Size
+from benchmarks.replicating.sizes import USUAL, Size, Variant
 from benchmarks.replicating.stepping import Cost, Stepper, batches, train
 from sgmim_fast.backbones import create_backbone
 from sgmim_fast.config import (
@@ -24,6 +24,7 @@ from sgmim_fast.config import (
     SegmentationEvalConfig,
     TrainConfig,
 )
+from sgmim_fast.data.batches import Batch
 from sgmim_fast.data.dense.evaluation import evaluation_samples
 from sgmim_fast.data.dense.training import DenseKey, DepthTraining, LabelTraining, dense_order
 from sgmim_fast.data.order import SampleOrder
@@ -65,8 +66,8 @@ def pretrain_config(size: Size, arm: Arm, seed: int) -> PretrainConfig:
     return PretrainConfig(model=model, data=DataConfig(workers=0), train=TrainConfig(seed=seed, precision="fp32"))
 
 
-def pretrain_batches(size: Size, arm: Arm, seed: int, folders: SceneFolders) -> Any:
-    """The batches of an arm's pre-training: images, order, crops and masks are those of every arm of the seed."""
+def pretrain_batches(size: Size, arm: Arm, seed: int, folders: SceneFolders, steps: int) -> Iterator[Batch]:
+    """The first batches of an arm's pre-training: images, order, crops and masks are those of every arm of the seed."""
     pairs, config = open_maps(folders, arm.maps), pretrain_config(size, arm, seed)
     order = SampleOrder(len(pairs), batch_size=size.pretrain_batch, world_size=1, accumulation_steps=1, seed=seed)
     dataset = PairDataset(config)
@@ -74,12 +75,14 @@ def pretrain_batches(size: Size, arm: Arm, seed: int, folders: SceneFolders) -> 
         dataset,
         lambda epoch, index: SampleKey.of(pairs, config, epoch, index),
         order,
-        size.pretrain_steps,
+        steps,
         size.loading_threads,
     )
 
 
-def pretrain(size: Size, arm: Arm, seed: int, folders: SceneFolders, factor: float = 1.0) -> tuple[Weights, Result]:
+def pretrain(
+    size: Size, arm: Arm, seed: int, folders: SceneFolders, variant: Variant = USUAL
+) -> tuple[Weights, Result]:
     """The encoder's weights after pre-training, and losses and cost."""
     device = torch.device(size.device)
     if arm.kind is None:
@@ -87,14 +90,15 @@ def pretrain(size: Size, arm: Arm, seed: int, folders: SceneFolders, factor: flo
         weights.pop("mask_token")
         return weights, Result({}, {})
     task = make_task(arm, size.model, seed).to(device)
-    settings = replace(size.pretrain, lr=size.pretrain.lr * factor)
+    settings = replace(size.pretrain, lr=size.pretrain.lr * variant.rate)
+    steps = size.steps(variant)
     stepper = Stepper(task, parameter_groups(task, settings.weight_decay), settings, size.precision)
     torch.manual_seed(seed)
     losses, cost = train(
         task,
         stepper,
-        pretrain_batches(size, arm, seed, folders),
-        lambda step: learning_rate(step, size.pretrain_steps, size.pretrain_batch, settings, size.schedule),
+        pretrain_batches(size, arm, seed, folders, steps),
+        lambda step: learning_rate(step, steps, size.pretrain_batch, settings, size.schedule),
         device,
     )
     stepper.finish()
