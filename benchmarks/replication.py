@@ -32,7 +32,8 @@ Sizes (``replicating/sizes.py``):
   (34 + 24) = 8,700, or 73 minutes of two cores.
 * ``small``: Swin of three stages, 128 pixels, one GPU, bf16; in slices, say ``--minutes 8``. It has not been timed:
   look at ``--list`` after a few pieces, and name fewer ``--arms`` if it says too much. If the work folder is lost
-  between slices, scenes and the weights that are still needed are made again.
+  between slices, scenes and the weights that are still needed are made again. The stage "segmentation" needs
+  segmentation-models-pytorch, which may be missing where torch and timm are.
 * ``smoke``: whether it works; its figures mean nothing.
 """
 
@@ -43,7 +44,16 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.replicating.arms import ARMS, DEFAULT_ARMS, find_arm
-from benchmarks.replicating.pieces import Piece, done, estimated_seconds, fingerprint, pieces_of, read_rows, share_of
+from benchmarks.replicating.pieces import (
+    STAGES,
+    Piece,
+    done,
+    estimated_seconds,
+    fingerprint,
+    pieces_of,
+    read_rows,
+    share_of,
+)
 from benchmarks.replicating.running import Runner, images_file
 from benchmarks.replicating.sizes import SIZES, Size, Variant
 from sgmim_fast.errors import UserError, one_line_errors
@@ -65,6 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="micro")
     parser.add_argument("--arms", nargs="+", default=list(DEFAULT_ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
+    parser.add_argument("--stages", nargs="+", choices=STAGES[1:], default=list(STAGES[1:]), help="after pre-training")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the rate of pre-training, of a fixed grid")
     parser.add_argument("--length", type=float, default=1.0, help="factor of its steps, of a fixed grid")
     parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="what process I (from 0) of N does")
@@ -104,7 +115,9 @@ def run(options: argparse.Namespace) -> None:
     variant = Variant(options.rate, options.length)
     if any(seed < 0 for seed in options.seeds):
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))} must be 0 or more")
-    pieces = share_of(pieces_of(size, options.arms, options.seeds, variant), *options.share)
+    arms, seeds = (list(dict.fromkeys(given)) for given in (options.arms, options.seeds))
+    pieces = share_of(pieces_of(size, arms, seeds, variant), *options.share)
+    pieces = [piece for piece in pieces if piece.stage in ("pretrain", *options.stages)]
     if options.list:
         list_pieces(size, pieces, options.output)
     elif options.report:
@@ -117,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
         from benchmarks.replicating.figures import write_figures
 
         runner = Runner(size, options.work, options.output, options.workers, say)
-        for path in write_figures(runner, options.arms, options.seeds[0], variant, options.images):
+        for path in write_figures(runner, arms, seeds[0], variant, options.images):
             say(str(path))
     else:
         runner = Runner(size, options.work, options.output, options.workers, say)

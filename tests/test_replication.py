@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import replication
-from benchmarks.replicating import statistics
+from benchmarks.replicating import running, statistics
 from benchmarks.replicating.arms import ARMS, DEFAULT_ARMS, encoder_of, find_arm, initial_encoder, make_task
 from benchmarks.replicating.figures import write_figures
 from benchmarks.replicating.looking import component_colours, relative_log_amplitudes
@@ -316,7 +316,7 @@ def test_a_second_run_gives_the_same_rows_and_stops_when_asked(rows: list[Row], 
         assert row["figures"] == before[row["fingerprint"]]
 
 
-def test_bad_options_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_bad_options_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, message in (
         (["--arms", "nothing"], "arm 'nothing' is unknown"),
         (["--rate", "3"], "--rate 3 is not of the grid 0.5, 1.0, 2.0"),
@@ -326,6 +326,9 @@ def test_bad_options_are_refused_in_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             replication.run(replication.parse(arguments))
+    monkeypatch.setattr(running, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs segmentation-models-pytorch, which is not installed"):
+        replication.run(replication.parse(["--size", "smoke", "--output", str(tmp_path / "none.jsonl")]))
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"benchmark": "repl')
     with pytest.raises(UserError, match=r"torn\.jsonl, line 1: is no JSON"):
@@ -338,6 +341,11 @@ def test_the_list_says_what_is_done(rows: list[Row], work: Path, capsys: pytest.
     assert lines[0].startswith("done   row-colour-0-probe-8")
     assert lines[5].startswith("left   fourth-channel-0-pretrain: about")
     assert lines[-1].startswith("5 done, 4 left: about")
+    chosen = ["--size", "smoke", "--arms", "sgmim", "sgmim", "--seeds", "0", "0", "--stages", "depth", "--list"]
+    replication.run(replication.parse([*chosen, "--output", str(work / "none.jsonl")]))
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[1].rstrip(":") for line in lines[:-1]]
+    assert names == ["sgmim-0-pretrain", "sgmim-0-depth-8", "sgmim-0-depth-24"]
 
 
 # -- what rows say

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +74,19 @@ class Runner:
         return found
 
     def run(self, pieces: Sequence[Piece], minutes: float | None) -> int:
-        """Do what is left; stop after the piece in which so many minutes are over. Returns how many are left then."""
+        """Do what is left; stop after the piece in which so many minutes are over. Returns how many are left then.
+
+        Raises:
+            UserError: if a package is missing, or as ``do``.
+        """
         torch.set_num_threads(self.size.threads)
         began = time.monotonic()
         todo = self.left(pieces)
+        if any(piece.stage == "segmentation" for piece in todo) and find_spec("segmentation_models_pytorch") is None:
+            raise UserError(
+                "fine-tuning of classes needs segmentation-models-pytorch, which is not installed; install it, or "
+                "leave that out with --stages probe depth"
+            )
         for number, piece in enumerate(todo):
             if minutes is not None and time.monotonic() - began >= 60 * minutes:
                 return len(todo) - number
