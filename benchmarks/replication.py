@@ -30,6 +30,8 @@ Sizes (``replicating/sizes.py``):
   2,400 scenes 62; pre-training 103 (12,800 images); probes 53 (15, 18 and 20 by number of labels); fine-tuning depth 34
   and classes 24 (1,920 images each), for each number of labels. 9 arms and 3 seeds take 62 + 24 x 103 + 27 x 53 + 81 x
   (34 + 24) = 8,700, or 73 minutes of two cores.
+  Depth of the head "glp", which reads the last map alone, hardly got better than a constant in so few steps.
+* ``micro-dpt``: the same with a fourth stage, and the head "dpt", which reads all maps and needs four. Not timed.
 * ``small``: Swin of three stages, 128 pixels, one GPU, bf16; in slices, say ``--minutes 8``. It has not been timed:
   look at ``--list`` after a few pieces, and name fewer ``--arms`` if it says too much. If the work folder is lost
   between slices, scenes and the weights that are still needed are made again. The stage "segmentation" needs

@@ -22,10 +22,12 @@ from benchmarks.replicating.reporting import length_curves, write_report
 from benchmarks.replicating.running import Runner
 from benchmarks.replicating.scenes import DenseScenes, SceneFolders, render, set_of
 from benchmarks.replicating.sizes import SIZES, USUAL, Size, Variant
-from benchmarks.replicating.stages import finetune, pretrain, pretrain_batches
+from benchmarks.replicating.stages import finetune, make_backbone, pretrain, pretrain_batches
 from benchmarks.replicating.stepping import Stepper
 from sgmim_fast.config import OptimizerConfig
 from sgmim_fast.errors import UserError
+from sgmim_fast.tasks.finetuned import backbone_options
+from sgmim_fast.tasks.finetuned import make_task as make_dense_task
 
 SMOKE = replace(SIZES["smoke"], labels=(8,))
 PRETRAINED = [name for name, arm in ARMS.items() if arm.kind is not None]
@@ -330,9 +332,11 @@ def test_bad_options_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match="needs segmentation-models-pytorch, which is not installed"):
         replication.run(replication.parse(["--size", "smoke", "--output", str(tmp_path / "none.jsonl")]))
     torn = tmp_path / "torn.jsonl"
-    torn.write_text('{"benchmark": "repl')
+    torn.write_text('{"benchmark": "repl\n')
     with pytest.raises(UserError, match=r"torn\.jsonl, line 1: is no JSON"):
         read_rows(torn)
+    torn.write_text('{"benchmark": "other"}\n{"benchmark": "repl')
+    assert read_rows(torn) == []
 
 
 def test_the_list_says_what_is_done(rows: list[Row], work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -455,3 +459,15 @@ def test_sizes_leave_nothing_to_chance() -> None:
     for size in SIZES.values():
         assert max(size.labels) <= size.scenes
         assert 1.0 in size.lr_factors
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_models_and_heads_of_every_size_fit_each_other(name: str) -> None:
+    size = SIZES[name]
+    weights = encoder_of(make_task(ARMS["sgmim"], size.model, 0))
+    image = torch.zeros(1, 3, *size.model.hw)
+    with torch.no_grad():
+        for head, channels in ((size.depth, 1), (size.segmentation, size.segmentation.classes)):
+            backbone = make_backbone(size, weights, **backbone_options(head))
+            task = make_dense_task(backbone, head).eval()
+            assert task.predict(image).shape == (1, channels, *size.model.hw)

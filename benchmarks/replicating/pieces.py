@@ -94,21 +94,19 @@ def fingerprint(size: Size, piece: Piece) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of this benchmark in a file; none where there is no file.
+    """The rows of this benchmark in a file; none where there is no file. A last line that was cut off is none.
 
     Raises:
-        UserError: for a line that is no JSON.
+        UserError: for another line that is no JSON.
     """
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             row = json.loads(line)
         except ValueError:
-            raise UserError(
-                f"{path}, line {number}: is no JSON, perhaps a run was cut off while it wrote; remove that line"
-            ) from None
+            raise UserError(f"{path}, line {number}: is no JSON; remove that line") from None
         if row.get("benchmark") == BENCHMARK:
             rows.append(row)
     return rows

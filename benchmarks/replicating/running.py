@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.replicating.arms import ARMS, ROW_COLOUR
+from benchmarks.replicating.locking import locked
 from benchmarks.replicating.pieces import BENCHMARK, Piece, Row, done, fingerprint, read_rows
 from benchmarks.replicating.scenes import DenseScenes, SceneFolders, render
 from benchmarks.replicating.sizes import Size
@@ -106,7 +107,8 @@ class Runner:
         row = self._row(piece, result, seconds)
         before = done(read_rows(self.output)).get(row["fingerprint"])
         if before is None:
-            self.rows.append(row)
+            with locked(self.work / "rows.lock"):
+                self.rows.append(row)
         elif before["figures"] != row["figures"] and self.size.device == "cpu":
             raise UserError(
                 f"{piece.name} was repeated because its weights are gone, and its figures differ from those of its row "

@@ -1,6 +1,5 @@
 """The rendered scenes of an experiment: for pre-training, and with their depth and labels for tasks."""
 
-import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.replicating.locking import locked
 from benchmarks.replicating.sizes import Size
 from sgmim_fast.config import DepthDataConfig, SegmentationDataConfig
 from sgmim_fast.data.dense.folders import Split
@@ -40,9 +40,7 @@ class SceneFolders:
 def render(size: Size, work: Path, workers: int | None, say: Callable[[str], None]) -> SceneFolders:
     """Render what is not there yet."""
     root = work / f"scenes-{size.name}"
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes on one folder one renders and the others wait
+    with locked(root / ".lock"):
         return _rendered(size, root, workers, say)
 
 

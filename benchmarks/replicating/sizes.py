@@ -1,6 +1,6 @@
 """How large an experiment is: everything that its figures depend on besides the arm and the seed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sgmim_fast.config import DepthConfig, ModelConfig, OptimizerConfig, ScheduleConfig, SegmentationConfig
@@ -80,7 +80,16 @@ class Size:
         )
 
 
-_TINY = ModelConfig(image_size=96, embed_dim=32, depths=(2, 2, 2), num_heads=(2, 4, 8), window_size=6)
+_MICRO = Size(
+    name="micro",
+    model=ModelConfig(image_size=96, embed_dim=32, depths=(2, 2, 2), num_heads=(2, 4, 8), window_size=6),
+    scenes=2000,
+    test_scenes=200,
+    pretrain_steps=400,
+    pretrain=OptimizerConfig(lr=0.016),
+    labels=(200, 1000, 2000),
+    finetune_steps=120,
+)
 
 SIZES = {
     size.name: size
@@ -100,15 +109,12 @@ SIZES = {
             probe_tokens=256,
             probe_folds=2,
         ),
-        Size(
-            name="micro",
-            model=_TINY,
-            scenes=2000,
-            test_scenes=200,
-            pretrain_steps=400,
-            pretrain=OptimizerConfig(lr=0.016),
-            labels=(200, 1000, 2000),
-            finetune_steps=120,
+        _MICRO,
+        replace(
+            _MICRO,
+            name="micro-dpt",
+            model=replace(_MICRO.model, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16)),
+            depth=DepthConfig(head="dpt", head_channels=8, max_depth=30.0),
         ),
         Size(
             name="small",
