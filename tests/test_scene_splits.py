@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sgmim_fast.cli import main
 from sgmim_fast.data.scenes.geometry import CLASS_NAMES
 from sgmim_fast.data.scenes.objects import arrange
 from sgmim_fast.data.scenes.scene import Scene, render_scene
@@ -121,6 +122,12 @@ def test_patterns_are_filtered_by_the_size_of_a_pixel(pattern: str) -> None:
     assert 0 <= near.min() <= near.max() <= 1.0001
     assert near.std() > 0.05
     assert far.std() < 0.5 * near.std()
+
+
+def test_the_command_takes_a_split(tmp_path: Path) -> None:
+    main(["synth", str(tmp_path / "scenes"), "--count", "1", "--size", "32", "--workers", "1", "--split", "test"])
+    line = json.loads((tmp_path / "scenes" / "metadata.jsonl").read_text())
+    assert line["split"] == "test"
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
