@@ -99,7 +99,7 @@ def _panel(panel: Panel, left: float, top: float) -> str:
     def down(y: float) -> float:
         return _TOP + inner_height * (ticks[-1] - y) / (ticks[-1] - ticks[0])
 
-    out = [f'<text x="{_LEFT}" y="16" font-weight="bold">{escape(panel.title)}</text>']
+    out = [f'<text x="8" y="16" font-weight="bold">{escape(panel.title)}</text>']
     for tick in ticks:
         out.append(f'<path d="M{_LEFT} {down(tick):.1f}H{_WIDTH - _RIGHT}" stroke="#ddd"/>')
         out.append(f'<text x="{_LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
