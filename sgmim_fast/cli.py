@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--size", type=int, default=192, help="side in pixels")
     synth.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
     synth.add_argument("--workers", type=int, help="processes (default: one a core)")
+    synth.add_argument(
+        "--split",
+        choices=("train", "test"),
+        default="train",
+        help="test: a series of its own, with textures, furniture and cameras that train never shows",
+    )
 
     maps = command("structure-maps", _structure_maps, "Make 16-bit relative depth maps with a pretrained estimator.")
     maps.add_argument("images", type=Path, metavar="IMAGES", help="folder with images/, or any folder of images")
@@ -150,6 +156,7 @@ def _synth(arguments: argparse.Namespace) -> None:
             size=arguments.size,
             seed=arguments.seed,
             workers=arguments.workers,
+            split=arguments.split,
             progress=lambda done, _total: progress.update(task, completed=done),
         )
     print(f"{arguments.count} scenes in {arguments.out}")

@@ -1,14 +1,15 @@
 """What is in a synthetic scene: rooms and open places, cameras, lights and weather, all at random."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sgmim_fast.data.scenes.geometry import CEILING, GROUND, Camera, Solid
 from sgmim_fast.data.scenes.objects import arrange, wall_with_opening, yaw_axes
-from sgmim_fast.data.scenes.textures import F32, Material, draw_colors, draw_material
+from sgmim_fast.data.scenes.splits import TRAIN, Variety
+from sgmim_fast.data.scenes.textures import F32, UNSEEN_PATTERNS, Material, draw_colors, draw_material
 
 F64 = NDArray[np.float64]
 _FLOOR = 0.02  # metres by which a room's floor lies above the ground outside
@@ -59,10 +60,10 @@ class Layout:
     """Corners of a room with a ceiling, 5 cm inside its walls so that their surfaces count as indoors."""
 
 
-def draw_layout(rng: np.random.Generator, height: int, width: int) -> Layout:
+def draw_layout(rng: np.random.Generator, height: int, width: int, variety: Variety = TRAIN) -> Layout:
     """A random scene for an image of ``height`` x ``width`` pixels; it may still turn out a poor view."""
     kind = str(rng.choice(["room", "yard", "open"], p=[0.5, 0.12, 0.38]))
-    fov = float(rng.uniform(40, 80))
+    fov = float(variety.field_of_view(rng))
     focal = max(height, width) / 2 / math.tan(math.radians(fov) / 2)
     if kind == "open":
         size, top = np.array([80.0, 80.0]), 40.0
@@ -73,9 +74,9 @@ def draw_layout(rng: np.random.Generator, height: int, width: int) -> Layout:
         top = float(rng.uniform(2.3, 3.8))
         solids = _shell(rng, size, top, ceiling=kind == "room")
         eye, target = _room_view(rng, size, top)
-    axes = _look(rng, eye, target)
+    axes = _look(rng, eye, target, variety)
     camera = Camera(eye, axes, focal, height, width)
-    _furnish(rng, solids, camera, kind, size, top)
+    _furnish(rng, solids, camera, kind, size, top, variety)
     inside = None
     if kind == "room":
         inside = np.array([*(-size / 2 - 0.05), -0.05]), np.array([*(size / 2 + 0.05), top + 0.05])
@@ -84,7 +85,18 @@ def draw_layout(rng: np.random.Generator, height: int, width: int) -> Layout:
     reach = float(np.exp(rng.uniform(np.log(8), np.log(80)))) if foggy else math.inf
     fog_color = sky.horizon if rng.uniform() < 0.5 else draw_colors(rng, 1)[0] * np.float32(sky.horizon.mean() / 0.4)
     ground = draw_material(rng, float(np.exp(rng.uniform(np.log(0.8), np.log(4)))))
-    return Layout(kind, camera, fov, solids, ground, lamps, sky, fog_color, 1 / reach, inside)
+    layout = Layout(kind, camera, fov, solids, ground, lamps, sky, fog_color, 1 / reach, inside)
+    return _repainted(rng, layout) if variety.unseen_patterns else layout
+
+
+def _repainted(rng: np.random.Generator, layout: Layout) -> Layout:
+    """The layout in patterns of the test split; pieces that share a material still do."""
+    new: dict[int, Material] = {}
+    for material in (layout.ground, *(solid.material for solid in layout.solids)):
+        if id(material) not in new:
+            new[id(material)] = replace(material, pattern=UNSEEN_PATTERNS[rng.integers(len(UNSEEN_PATTERNS))])
+    solids = [replace(solid, material=new[id(solid.material)]) for solid in layout.solids]
+    return replace(layout, ground=new[id(layout.ground)], solids=solids)
 
 
 def _open_view(rng: np.random.Generator) -> tuple[F64, F64]:
@@ -110,14 +122,14 @@ def _room_view(rng: np.random.Generator, size: F64, top: float) -> tuple[F64, F6
     return eye, target
 
 
-def _look(rng: np.random.Generator, eye: F64, target: F64) -> F64:
+def _look(rng: np.random.Generator, eye: F64, target: F64, variety: Variety) -> F64:
     """Camera axes (right, down, forward) towards about the target, a little rolled."""
     forward = target - eye
     forward /= np.linalg.norm(forward)
     pitch = math.asin(forward[2]) + rng.normal(0, math.radians(7))
     pitch = min(max(pitch, math.radians(-70)), math.radians(40))
     yaw = math.atan2(forward[1], forward[0])
-    roll = rng.normal(0, math.radians(2.5)) if rng.uniform() < 0.85 else rng.uniform(-0.4, 0.4)
+    roll = variety.roll(rng)
     ahead = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), math.sin(pitch)])
     right = np.array([math.sin(yaw), -math.cos(yaw), 0.0])
     down = np.cross(ahead, right)
@@ -157,7 +169,15 @@ def _opening(rng: np.random.Generator, length: float, top: float) -> tuple[float
     return left, left + wide, rng.uniform(0.25, 0.45) * top, rng.uniform(0.7, 0.92) * top
 
 
-def _furnish(rng: np.random.Generator, solids: list[Solid], camera: Camera, kind: str, size: F64, top: float) -> None:
+def _furnish(
+    rng: np.random.Generator,
+    solids: list[Solid],
+    camera: Camera,
+    kind: str,
+    size: F64,
+    top: float,
+    variety: Variety,
+) -> None:
     """Put walls and furniture around, most of it in view, clear of the camera and of each other."""
     taken: list[tuple[F64, float]] = [(camera.position[:2], _CLEARANCE)]
     outdoors = kind == "open"
@@ -179,7 +199,8 @@ def _furnish(rng: np.random.Generator, solids: list[Solid], camera: Camera, kind
                 pieces = _free_wall(rng, spot)
             else:
                 # Sizes are drawn without regard to distance, but nothing may fill the view from close by.
-                pieces = arrange(rng, spot, floor, min(grown, 0.3 * away), 30.0 if outdoors else top - floor)
+                headroom = 30.0 if outdoors else top - floor
+                pieces = arrange(rng, spot, floor, min(grown, 0.3 * away), headroom, variety.unseen_furniture)
             reach = max(float(np.linalg.norm(p.center[:2] - spot)) + float(np.hypot(*p.half[:2])) for p in pieces)
             apart = all(np.linalg.norm(spot - other) > (0.8 * reach + margin) for other, margin in taken)
             walled = not outdoors and bool((np.abs(spot) + 0.75 * reach > size / 2).any())

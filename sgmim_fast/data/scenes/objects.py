@@ -6,17 +6,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sgmim_fast.data.scenes.geometry import CLASS_OF_SHAPE, WALL, Shape, Solid
+from sgmim_fast.data.scenes.geometry import WALL, Shape, Solid
+from sgmim_fast.data.scenes.solids import make_solid, yaw_axes
 from sgmim_fast.data.scenes.textures import Material, draw_material
+from sgmim_fast.data.scenes.unseen_furniture import arrange_unseen
 
 F64 = NDArray[np.float64]
 _SHAPES: tuple[Shape, ...] = ("box", "sphere", "cylinder", "cone")
-
-
-def yaw_axes(angle: float) -> F64:
-    """Local axes (3, 3) turned by ``angle`` radians around the vertical."""
-    cosine, sine = math.cos(angle), math.sin(angle)
-    return np.array([[cosine, sine, 0.0], [-sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
 
 def random_axes(rng: np.random.Generator) -> F64:
@@ -31,15 +27,9 @@ def random_axes(rng: np.random.Generator) -> F64:
     )
 
 
-def make_solid(
-    rng: np.random.Generator, shape: Shape, center: F64, half: F64, axes: F64, material: Material | None = None
-) -> Solid:
-    """A solid of the class of its shape, with a random material unless one is given."""
-    material = material or draw_material(rng, float(half.max() * 2))
-    return Solid(shape, CLASS_OF_SHAPE[shape], center, axes, half, material, rng.uniform(-1, 1, 3))
-
-
-def arrange(rng: np.random.Generator, spot: F64, floor: float, size: float, headroom: float) -> list[Solid]:
+def arrange(
+    rng: np.random.Generator, spot: F64, floor: float, size: float, headroom: float, unseen: bool = False
+) -> list[Solid]:
     """One piece of furniture standing at ``spot``.
 
     Args:
@@ -47,7 +37,10 @@ def arrange(rng: np.random.Generator, spot: F64, floor: float, size: float, head
         floor: height it stands on, metres.
         size: typical half size, metres.
         headroom: height that nothing may exceed, metres above the floor.
+        unseen: of the kinds that are kept for the test split, in the place of all others.
     """
+    if unseen:
+        return arrange_unseen(rng, spot, floor, size, headroom)
     kind = rng.choice(["single", "stack", "table", "post"], p=[0.58, 0.2, 0.1, 0.12])
     if kind == "table":
         return _table(rng, spot, floor, size, headroom)

@@ -1,6 +1,6 @@
 """One synthetic scene with known depth: photograph, structure map, classes, normals, description.
 
-A scene is a function of (seed, index, size) alone. Colours, patterns, light and fog are drawn
+A scene is a function of (seed, index, size, split) alone. Colours, patterns, light and fog are drawn
 without regard to class and distance, so that neither can be read from colour.
 """
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sgmim_fast.data.scenes.geometry import CLASS_NAMES, GROUND, NOTHING, SKY
 from sgmim_fast.data.scenes.layout import Layout, draw_layout
 from sgmim_fast.data.scenes.render import View, look, paint
+from sgmim_fast.data.scenes.splits import SceneSplit, variety_of
 from sgmim_fast.errors import UserError
 
 NEAR = 0.25
@@ -37,23 +38,25 @@ class Scene:
     metadata: dict[str, Any]
 
 
-def render_scene(seed: int, index: int, size: int | tuple[int, int]) -> Scene:
+def render_scene(seed: int, index: int, size: int | tuple[int, int], split: SceneSplit = "train") -> Scene:
     """Scene ``index`` of the endless series that belongs to ``seed``.
 
     Args:
         size: side, or (height, width), in pixels; 32 or more.
+        split: "test" is a series of its own, with textures, furniture and cameras that "train" never shows.
 
     Raises:
-        UserError: if a side is too short or a number negative.
+        UserError: if a side is too short, a number negative or the split unknown.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < MIN_SIDE:
         raise UserError(f"size {height}x{width} is too small for a scene; use {MIN_SIDE} pixels or more a side")
     if seed < 0 or index < 0:
         raise UserError(f"seed {seed} and index {index} must be 0 or more")
-    rng = np.random.default_rng((seed, index))
+    variety = variety_of(split)
+    rng = np.random.default_rng((seed, index) if split == "train" else (seed, index, 1))
     for _ in range(_ATTEMPTS):
-        layout = draw_layout(rng, height, width)
+        layout = draw_layout(rng, height, width, variety)
         view = look(layout)
         labels = _labels(layout, view)
         if not _worth_seeing(layout, view, labels):
@@ -69,6 +72,8 @@ def render_scene(seed: int, index: int, size: int | tuple[int, int]) -> Scene:
     seen = np.einsum("ij,jn->in", layout.camera.axes.astype(np.float32), normal)
     normals = np.rint(127.5 * (1 + seen)).astype(np.uint8).T.reshape(*shape, 3)
     metadata = _describe(seed, index, layout, view, labels)
+    if split != "train":
+        metadata["split"] = split
     return Scene(rgb, inverse_depth, labels.reshape(shape), np.ascontiguousarray(normals), metadata)
 
 

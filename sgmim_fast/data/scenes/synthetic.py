@@ -7,7 +7,7 @@
     OUT/dataset.json            what was asked for, scale and class names; written first
     OUT/metadata.jsonl          one line a scene; written last
 
-The bytes depend on the seed and the size only, not on the number of processes, and nothing here
+The bytes depend on the seed, the size and the split only, not on the number of processes, and nothing here
 imports torch, which every process would load.
 """
 
@@ -33,6 +33,7 @@ from PIL import Image
 
 from sgmim_fast.data.scenes.geometry import CLASS_NAMES
 from sgmim_fast.data.scenes.scene import MIN_SIDE, NEAR, Scene, render_scene
+from sgmim_fast.data.scenes.splits import SceneSplit, variety_of
 from sgmim_fast.errors import UserError
 
 __all__ = ["CLASS_NAMES", "NEAR", "Scene", "render_dataset", "render_scene"]
@@ -54,6 +55,14 @@ class _Request:
     size: int
     seed: int
     normals: bool
+    split: SceneSplit = "train"
+
+    def stated(self) -> dict[str, Any]:
+        """As the folder's description has it; those of scenes to train on have always been without a split."""
+        fields = asdict(self)
+        if self.split == "train":
+            del fields["split"]
+        return fields
 
     def chunks(self) -> list[range]:
         return [range(start, min(start + _CHUNK, self.count)) for start in range(0, self.count, _CHUNK)]
@@ -73,6 +82,7 @@ def render_dataset(
     seed: int = 0,
     workers: int | None = None,
     normals: bool = False,
+    split: SceneSplit = "train",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Render scenes 0 to ``count`` - 1 of a seed into a folder; the same call again completes it.
@@ -82,6 +92,7 @@ def render_dataset(
         size: side in pixels.
         workers: processes; None for one a core. With 1 the calling process renders.
         normals: write OUT/normals as well.
+        split: "train", or "test" for scenes with textures, furniture and cameras that the former never show.
         progress: called in this process with (scenes done, count).
 
     Raises:
@@ -95,8 +106,9 @@ def render_dataset(
         raise UserError(f"seed {seed} must be 0 or more")
     if workers is not None and workers < 1:
         raise UserError(f"workers {workers} must be 1 or more")
+    variety_of(split)
     out = Path(out)
-    request = _Request(generator=GENERATOR, count=count, size=size, seed=seed, normals=normals)
+    request = _Request(generator=GENERATOR, count=count, size=size, seed=seed, normals=normals, split=split)
     report = progress or (lambda done, total: None)
     try:
         todo = _open_folder(out, request)
@@ -135,7 +147,7 @@ def _open_folder(out: Path, request: _Request) -> list[range]:
             found = dict(json.loads(claim.read_text())["request"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             raise UserError(f"{out} already holds other data; choose an empty or new folder") from None
-        if found != asdict(request):
+        if found != request.stated():
             made = ", ".join(f"{key} {value}" for key, value in found.items())
             raise UserError(
                 f"{out} already holds scenes made with other options ({made}); repeat those or choose an empty folder"
@@ -167,7 +179,7 @@ def _part(out: Path, chunk: range) -> Path:
 
 def _description(request: _Request) -> dict[str, Any]:
     return {
-        "request": asdict(request),
+        "request": request.stated(),
         "near": NEAR,
         "structure": "uint16 = round(65535 * near / depth), depth in metres along the optical axis; 0 in the sky",
         "labels": list(CLASS_NAMES),
@@ -188,7 +200,7 @@ def _render(out: Path, request: _Request, chunks: list[range]) -> Generator[None
     for chunk in chunks:
         lines = []
         for index in chunk:
-            scene = render_scene(request.seed, index, request.size)
+            scene = render_scene(request.seed, index, request.size, request.split)
             maps: tuple[NDArray[Any], ...] = (scene.rgb, scene.inverse_depth, scene.labels, scene.normals)
             for file, pixels in zip(request.files(index), maps, strict=False):
                 buffer = io.BytesIO()

@@ -26,6 +26,9 @@ PATTERNS = (
     "patchwork",
 )
 
+UNSEEN_PATTERNS = ("rings", "zigzag", "weave", "hexagons")
+"""Those that only scenes of the test split show."""
+
 _HUE_SHIFTS = np.array([0.0, 4.0, 2.0])
 _LATTICE = 64  # period of the noise, in cells; a power of two
 
@@ -244,6 +247,38 @@ def _patchwork(knobs: tuple[float, float, float], x: F32, y: F32, width: F32) ->
     return first + np.float32(0.5), second + np.float32(0.5), 1 + third
 
 
+def _rings(knobs: tuple[float, float, float], x: F32, y: F32, width: F32) -> _Layers:
+    away = np.sqrt((x - np.floor(x) - np.float32(0.5)) ** 2 + (y - np.floor(y) - np.float32(0.5)) ** 2)
+    return _wave(away * np.float32(4), 0.3 + 0.4 * knobs[0], width * np.float32(4)), None, _ONE
+
+
+def _zigzag(knobs: tuple[float, float, float], x: F32, y: F32, width: F32) -> _Layers:
+    bend = np.abs(x - np.floor(x) - np.float32(0.5)) * np.float32(0.6 + 1.2 * knobs[0])
+    steep = np.float32(1.4)  # the slanted bands are narrower across than along y
+    return _wave((y + bend) * 2, 0.3 + 0.4 * knobs[1], width * 2 * steep), None, _ONE
+
+
+def _weave(knobs: tuple[float, float, float], x: F32, y: F32, width: F32) -> _Layers:
+    duty = 0.55 + 0.3 * knobs[0]
+    across, along = _wave(x * 2, duty, width * 2), _wave(y * 2, duty, width * 2)
+    square = np.add(np.floor(x * 2), np.floor(y * 2), dtype=np.float32)
+    over = _wave(square * np.float32(0.5), 0.5, np.full_like(width, 0.02))
+    first = across * (over + (1 - over) * (1 - along))
+    return first, along * (1 - first), _ONE
+
+
+def _hexagons(knobs: tuple[float, float, float], x: F32, y: F32, width: F32) -> _Layers:
+    scaled = y * np.float32(2 / np.sqrt(3))
+    row = np.floor(scaled)
+    u = np.abs(np.add(x, row * np.float32(0.5)) - np.floor(np.add(x, row * np.float32(0.5))) - np.float32(0.5))
+    v = np.abs(scaled - row - np.float32(0.5))
+    edge = np.maximum(u, u * np.float32(0.5) + v * np.float32(0.75))
+    joint = np.clip((edge - np.float32(0.4)) / np.maximum(width, np.float32(0.02)) + np.float32(0.5), 0, 1)
+    fade = np.clip(2 - 2 * width, 0, 1)
+    shade = fade * _cell_value(x + row * np.float32(0.5), scaled, 0) * np.float32(knobs[0])
+    return shade, joint * fade, _ONE
+
+
 _PATTERNS = {
     "plain": _plain,
     "checker": _checker,
@@ -256,4 +291,8 @@ _PATTERNS = {
     "marble": _marble,
     "spots": _spots,
     "patchwork": _patchwork,
+    "rings": _rings,
+    "zigzag": _zigzag,
+    "weave": _weave,
+    "hexagons": _hexagons,
 }

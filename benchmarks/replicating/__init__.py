@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks.replication``: arms, sizes, stages, statistics and pictures of rows."""
