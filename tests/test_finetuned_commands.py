@@ -133,6 +133,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "is a pretrain run" in refusal(capsys, ["evaluate", make_run(tmp_path / "pretrained")])
     assert "did you mean --evaluation.windows" in refusal(capsys, ["evaluate", run, "--evaluation.window", "2"])
     assert "nowhere" in refusal(capsys, ["evaluate", run, "--data", tmp_path / "nowhere"])
+    assert "is not a folder; create it first" in refusal(capsys, ["evaluate", run, "--output", out / "no" / "f.json"])
     assert "--limit 0" in refusal(capsys, ["evaluate", run, "--limit", "0"])
     assert "--device cuda:99 cannot be used" in refusal(capsys, ["evaluate", run, "--device", "cuda:99"])
     assert "does not exist" in refusal(capsys, ["predict", run, tmp_path / "b.png", "--out", out])

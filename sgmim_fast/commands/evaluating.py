@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be 1 or more")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise UserError(f"--output {arguments.output}: {arguments.output.parent} is not a folder; create it first")
     opened = finetuned_runs.open_run(arguments, settings)
     samples = opened.job.open_split(arguments.split)
     count = len(samples)
