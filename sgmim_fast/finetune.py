@@ -1,11 +1,9 @@
 """Fine-tuning, as a module for the launchers: ``deepspeed --num_gpus 2 --module sgmim_fast.finetune depth ...``."""
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sgmim_fast.errors import UserError, one_line_errors
+from sgmim_fast.errors import UserError
 
 if TYPE_CHECKING:
     from sgmim_fast.train.job import Job
@@ -49,16 +47,9 @@ def make_job(words: Sequence[str]) -> "tuple[Job[Any], str]":
 
 def main() -> None:
     """Parse the command line, then train. Heavy imports wait, because loader processes import this file too."""
-    import torch
+    from sgmim_fast.train.entry import run_module
 
-    if not torch.cuda.is_available():
-        # DeepSpeed decides at import which accelerator it serves; said outright, it does not warn.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with one_line_errors():
-        job, recipe = make_job(sys.argv[1:])
-        from sgmim_fast.train.entry import start
-
-        start(job, recipe)
+    run_module(make_job)
 
 
 if __name__ == "__main__":
