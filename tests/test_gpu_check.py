@@ -3,8 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -254,16 +253,23 @@ def test_commands_are_stopped_with_their_children(tmp_path: Path, monkeypatch: p
     sleeper = f"sleep 60 & echo $! > {tmp_path}/child; wait"
     assert gpu_check.finished("test", ["bash", "-c", sleeper], 2.0) is None
     child = Path("/proc", (tmp_path / "child").read_text().strip())
-    with stopped(child) as alive:
-        assert not alive
+    assert ends(child)
     assert gpu_check.finished("test", ["bash", "-c", "exit 3"], 20.0) == 3
 
 
-@contextmanager
-def stopped(process: Path) -> Iterator[bool]:
-    """Whether a process of Linux is still running; one that has ended may wait for its parent as a zombie."""
+def ends(process: Path, seconds: float = 20.0) -> bool:
+    """Whether a process of Linux ends in time: one that was killed may take a moment, and then wait for its parent."""
     status = process / "status"
-    yield status.exists() and "zombie" not in status.read_text()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            state = status.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if "zombie" in state or "dead" in state:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_rows_of_these_sources_alone_are_judged(tmp_path: Path) -> None:
