@@ -78,6 +78,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(DEFAULT_ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
     parser.add_argument("--stages", nargs="+", choices=STAGES[1:], default=list(STAGES[1:]), help="after pre-training")
+    parser.add_argument(
+        "--labels", nargs="+", type=int, metavar="N", help="labelled images (default: all the size has)"
+    )
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the rate of pre-training, of a fixed grid")
     parser.add_argument("--length", type=float, default=1.0, help="factor of its steps, of a fixed grid")
     parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="what process I (from 0) of N does")
@@ -114,12 +117,21 @@ def run(options: argparse.Namespace) -> None:
     for name, value, grid in (("rate", options.rate, size.lr_factors), ("length", options.length, size.lengths)):
         if value not in grid:
             raise UserError(f"--{name} {value:g} is not of the grid {', '.join(map(str, grid))}")
+    labels = size.labels if options.labels is None else options.labels
+    if unknown := [count for count in labels if count not in size.labels]:
+        raise UserError(
+            f"--labels {unknown[0]} is not of size {size.name}, which has {', '.join(map(str, size.labels))}"
+        )
     variant = Variant(options.rate, options.length)
     if any(seed < 0 for seed in options.seeds):
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))} must be 0 or more")
     arms, seeds = (list(dict.fromkeys(given)) for given in (options.arms, options.seeds))
     pieces = share_of(pieces_of(size, arms, seeds, variant), *options.share)
-    pieces = [piece for piece in pieces if piece.stage in ("pretrain", *options.stages)]
+    pieces = [
+        piece
+        for piece in pieces
+        if piece.stage == "pretrain" or (piece.stage in options.stages and piece.labels in labels)
+    ]
     if options.list:
         list_pieces(size, pieces, options.output)
     elif options.report:

@@ -1,6 +1,6 @@
 """How large an experiment is: everything that its figures depend on besides the arm and the seed."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sgmim_fast.config import DepthConfig, ModelConfig, OptimizerConfig, ScheduleConfig, SegmentationConfig
@@ -80,16 +80,10 @@ class Size:
         )
 
 
-_MICRO = Size(
-    name="micro",
-    model=ModelConfig(image_size=96, embed_dim=32, depths=(2, 2, 2), num_heads=(2, 4, 8), window_size=6),
-    scenes=2000,
-    test_scenes=200,
-    pretrain_steps=400,
-    pretrain=OptimizerConfig(lr=0.016),
-    labels=(200, 1000, 2000),
-    finetune_steps=120,
-)
+def _dpt(channels: int) -> DepthConfig:
+    """Of a head that reads all maps: "glp" reads the last alone, and hardly got better than a constant on scenes."""
+    return DepthConfig(head="dpt", head_channels=channels, max_depth=30.0)
+
 
 SIZES = {
     size.name: size
@@ -109,16 +103,22 @@ SIZES = {
             probe_tokens=256,
             probe_folds=2,
         ),
-        _MICRO,
-        replace(
-            _MICRO,
-            name="micro-dpt",
-            model=replace(_MICRO.model, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16)),
-            depth=DepthConfig(head="dpt", head_channels=8, max_depth=30.0),
+        Size(
+            name="micro",
+            model=ModelConfig(image_size=96, embed_dim=32, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16), window_size=6),
+            scenes=2000,
+            test_scenes=200,
+            pretrain_steps=800,
+            pretrain=OptimizerConfig(lr=0.024),
+            labels=(200, 1000, 2000),
+            finetune_steps=120,
+            depth=_dpt(8),
         ),
         Size(
             name="small",
-            model=ModelConfig(image_size=128, embed_dim=64, depths=(2, 2, 6), num_heads=(2, 4, 8), window_size=8),
+            model=ModelConfig(
+                image_size=128, embed_dim=64, depths=(2, 2, 6, 2), num_heads=(2, 4, 8, 16), window_size=8
+            ),
             scenes=10_000,
             test_scenes=200,
             device="cuda",
@@ -131,6 +131,7 @@ SIZES = {
             labels=(200, 1000, 10_000),
             finetune_batch=32,
             finetune_steps=150,
+            depth=_dpt(16),
             probe_tokens=8192,
         ),
     )
