@@ -13,8 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import harness, more_tables, tables
-from benchmarks.plots import PLOTS
+from benchmarks import claim, harness, more_tables, plots, tables
 from benchmarks.recorded import Results
 from sgmim_fast.errors import UserError, one_line_errors
 
@@ -35,7 +34,9 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "largest-batches": more_tables.largest_batches,
     "pipeline": more_tables.pipeline,
     "parity": more_tables.parity,
+    **claim.TABLES,
 }
+PLOTS: dict[str, Callable[[Results], str | None]] = plots.PLOTS | claim.PLOTS
 
 
 def main() -> None:

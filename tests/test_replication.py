@@ -322,6 +322,7 @@ def test_bad_options_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest
     for arguments, message in (
         (["--arms", "nothing"], "arm 'nothing' is unknown"),
         (["--rate", "3"], "--rate 3 is not of the grid 0.5, 1.0, 2.0"),
+        (["--labels", "300"], "--labels 300 is not of size micro, which has 200, 1000, 2000"),
         (["--seeds", "-1"], "--seeds -1 must be 0 or more"),
         (["--report", "--output", str(tmp_path / "none.jsonl")], "there are no rows of size micro"),
         (["--size", "smoke", "--figures", "--work", str(tmp_path)], "holds no weights of seed 0"),
@@ -333,9 +334,9 @@ def test_bad_options_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest
         replication.run(replication.parse(["--size", "smoke", "--output", str(tmp_path / "none.jsonl")]))
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"benchmark": "repl\n')
-    with pytest.raises(UserError, match=r"torn\.jsonl, line 1: is no JSON"):
+    with pytest.raises(UserError, match=r"torn\.jsonl:1 is not a row of JSON"):
         read_rows(torn)
-    torn.write_text('{"benchmark": "other"}\n{"benchmark": "repl')
+    torn.write_text('{"benchmark": "other", "environment": {}}\n{"benchmark": "repl')
     assert read_rows(torn) == []
 
 

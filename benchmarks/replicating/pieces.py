@@ -8,15 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
+from benchmarks import rows
 from benchmarks.replicating.arms import ARMS, ROW_COLOUR
 from benchmarks.replicating.sizes import USUAL, VERSION, Size, Variant
-from sgmim_fast.errors import UserError
+from benchmarks.rows import Row
 
 Stage = Literal["pretrain", "probe", "depth", "segmentation"]
 """The last two are fine-tuning."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
 BENCHMARK = "replication"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,31 +97,21 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of this benchmark in a file; none where there is no file. A last line that was cut off is none.
 
     Raises:
-        UserError: for another line that is no JSON.
+        UserError: for another line that is no row.
     """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: is no JSON; remove that line") from None
-        if row.get("benchmark") == BENCHMARK:
-            rows.append(row)
-    return rows
+    return [row for row in rows.read(path) if row["benchmark"] == BENCHMARK]
 
 
-def done(rows: Iterable[Row]) -> dict[str, Row]:
+def done(known: Iterable[Row]) -> dict[str, Row]:
     """Rows by fingerprint."""
-    return {row["fingerprint"]: row for row in rows}
+    return {row["fingerprint"]: row for row in known}
 
 
-def estimated_seconds(piece: Piece, rows: Iterable[Mapping[str, Any]], size: Size) -> float | None:
+def estimated_seconds(piece: Piece, known: Iterable[Mapping[str, Any]], size: Size) -> float | None:
     """What a piece may take: the median of its stage's rows of this size, if possible of its arm; None without any."""
     same = [
         row
-        for row in rows
+        for row in known
         if (row["size"], row["stage"], row["length"]) == (size.name, piece.stage, piece.variant.length)
     ]
     if piece.stage == "pretrain":  # that of scratch takes no time

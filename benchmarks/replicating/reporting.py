@@ -27,7 +27,7 @@ from benchmarks.replicating.statistics import (
 from sgmim_fast.errors import UserError
 from sgmim_fast.tasks.depth_metrics import DEPTH_METRICS
 
-_PLOTTED = ("RMSE", "mIoU")
+_PLOTTED = ("linear depth SILog", "linear mIoU", "fine-tuned depth RMSE", "fine-tuned depth SILog", "fine-tuned mIoU")
 RMSE = DEPTH_METRICS.index("rmse")
 _ORDER = (*ARMS, ROW_COLOUR)
 
@@ -99,11 +99,8 @@ def length_curves(rows: Sequence[Row], size: Size, variant: Variant) -> str | No
 
 
 def _plotted() -> list[Metric]:
-    return [
-        metric
-        for metric in (*FINETUNED, *PROBED)
-        if not metric.label.startswith("k-NN") and metric.label.split(",")[0].endswith(_PLOTTED)
-    ]
+    """On unseen scenes."""
+    return [metric for metric in (*PROBED, *FINETUNED) if metric.label in [f"{name}, unseen" for name in _PLOTTED]]
 
 
 def label_efficiency(rows: Sequence[Row]) -> str:
@@ -148,8 +145,8 @@ def table(rows: Sequence[Row], size: Size) -> str:
     ]
     for metric in (*FINETUNED, *PROBED):
         out += _metric_table(summarise(rows, [metric]), metric)
-    out += _baselines(rows)
-    out += _costs(rows)
+    out += baselines(rows)
+    out += costs(rows)
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -178,7 +175,7 @@ def _cell(summary: Summary) -> str:
     return text if gap.interval is None else f"{text} [{gap.interval[0]:+.4f}, {gap.interval[1]:+.4f}]"
 
 
-def _baselines(rows: Sequence[Row]) -> list[str]:
+def baselines(rows: Sequence[Row]) -> list[str]:
     """What can be said without features: the same for every arm, so one arm's rows hold it."""
     own = [row for row in rows if row["arm"] == ROW_COLOUR]
     found = [summary for metric in FEATURELESS for summary in summarise(own, [metric])]
@@ -217,7 +214,7 @@ def resampled(rows: Sequence[Row], size: Size, images: Callable[[Piece], Path], 
     return [*head, *out, ""] if out else []
 
 
-def _costs(rows: Sequence[Row]) -> list[str]:
+def costs(rows: Sequence[Row]) -> list[str]:
     """Of pre-training."""
     out = ["| arm | seconds of pre-training | images | images a step | images a second |", "|---|---|---|---|---|"]
     for arm in _ORDER:
