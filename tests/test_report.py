@@ -26,8 +26,8 @@ from sgmim_fast.reference import local_normalize
 from sgmim_fast.report import write_report
 from sgmim_fast.report.curves import format_value
 from sgmim_fast.report.gallery import Gallery, build_gallery, local_denormalize
-from sgmim_fast.report.page import format_duration
 from sgmim_fast.report.run import Row, read_run
+from sgmim_fast.report.words import format_duration
 from sgmim_fast.weights import load_weights
 
 

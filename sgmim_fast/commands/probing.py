@@ -10,6 +10,7 @@ from sgmim_fast.commands.probed_weights import RANDOM, open_backbone
 from sgmim_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from sgmim_fast.probing.data import Kind
     from sgmim_fast.probing.features import Features
     from sgmim_fast.probing.probes import ProbeReport, Progress
 
@@ -17,7 +18,6 @@ DESCRIPTION = (
     "Judge a pre-trained encoder by its frozen features: linear depth, linear segmentation, nearest neighbours."
 )
 ROW_COLOUR = "row-colour"
-_SHOWN = {"depth": ("d1", "abs_rel", "rmse", "silog"), "segmentation": ("mIoU", "mAcc", "aAcc")}
 _TEACHING = f"""{DESCRIPTION}
 
 Nothing of the encoder is trained. Its maps are brought to one grid of tokens; each probe says from one token's features
@@ -223,14 +223,16 @@ def _open_features(arguments: argparse.Namespace) -> "tuple[Features, str, Any]"
     return Features(extractor, **keeping), origin, device
 
 
-def _show(kind: str, report: "ProbeReport") -> None:
+def _show(kind: "Kind", report: "ProbeReport") -> None:
+    from sgmim_fast.probing.record import SHOWN
+
     print(
         f"\n{kind}: {report.train_images} images fitted on ({report.train_tokens} tokens, {report.kept_tokens} kept), "
         f"{report.val_images} scored"
     )
-    _print_row("", _SHOWN[kind])
+    _print_row("", SHOWN[kind])
     for result in report.results:
-        _print_row(result.probe, [f"{result.figures[name]:.4f}" for name in _SHOWN[kind]])
+        _print_row(result.probe, [f"{result.figures[name]:.4f}" for name in SHOWN[kind]])
 
 
 def _print_row(name: str, values: Sequence[str]) -> None:

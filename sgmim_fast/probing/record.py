@@ -12,6 +12,11 @@ from sgmim_fast.probing.features import Features
 from sgmim_fast.probing.probes import ProbeReport
 from sgmim_fast.probing.settings import ProbeSettings
 
+SHOWN: Mapping[Kind, tuple[str, ...]] = {
+    "depth": ("d1", "abs_rel", "rmse", "silog"),
+    "segmentation": ("mIoU", "mAcc", "aAcc"),
+}
+"""Metrics that are shown where there is no room for all."""
 _IMAGES = ("train", "val", "target", "train_images", "val_images", "train_sha256", "val_sha256", "kept_tokens")
 
 
