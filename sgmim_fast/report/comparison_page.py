@@ -41,7 +41,7 @@ def render_comparison(comparison: Comparison, galleries: tuple[Gallery, Gallery]
         + "".join(map(notice, comparison.notes))
         + f'<ul class="shared">{"".join(f"<li>{escape(line)}</li>" for line in _shared(comparison))}</ul>'
         + _probes(comparison)
-        + "<h3>Image loss</h3>"
+        + "<h3>The loss that both have</h3>"
         + _curves(comparison)
         + "<h3>What each paints into the hidden cells</h3>"
         + (notice(why_none, "No pictures.") if galleries is None else _pictures(comparison, galleries))
@@ -73,10 +73,10 @@ def _shared(comparison: Comparison) -> Iterator[str]:
     extra = abs(count_parameters(models[0]) - count_parameters(models[1]))
     yield (
         "SG-MIM was given structure maps besides. Where they are depth, as those of rendered scenes, the depth probes "
-        "ask for what it was trained to tell; the segmentation probes do not."
+        "ask for something near what it was trained to tell; the segmentation probes do not."
     )
     yield (
-        f"SG-MIM has {extra / 1e6:.2g} M more parameters outside the encoder, and its steps take longer: equal steps "
+        f"SG-MIM has {extra / 1e6:.2g} M more parameters outside the encoder and computes more in a step: equal steps "
         "are not equal time. Gradients are clipped by the norm over all parameters, those of the guidance included."
     )
 
@@ -89,16 +89,17 @@ def _probes(comparison: Comparison) -> str:
     if not known:
         return ""
     tables = "".join(_table(comparison, known, probe) for probe in PROBES if any(_has(each, probe) for each in known))
+    conditions = known[0].conditions
     images = dict.fromkeys(
-        f"fitted on {known[0].conditions[f'{kind}.train_images']} of: {known[0].conditions[f'{kind}.train']}; "
-        f"scored on {known[0].conditions[f'{kind}.val_images']} of: {known[0].conditions[f'{kind}.val']}"
+        f"Fitted on {conditions[f'{kind}.train_images']} images of {conditions[f'{kind}.train']}; scored on "
+        f"{conditions[f'{kind}.val_images']} of {conditions[f'{kind}.val']}."
         for kind in known[0].figures
     )
     return (
-        '<h3>What the frozen features tell</h3><p class="hint">Probes of <code>sgmim probe</code>, nothing of the '
-        "encoder trained; ↑ more is better, ↓ less is better. "
-        + escape(" — ".join(images))
-        + f'.</p><div class="figures">{tables}</div>'
+        '<h3>What the frozen features tell</h3><p class="hint">Probes of <code>sgmim probe</code>; nothing of an '
+        f"encoder is trained. {escape(' '.join(images))} ↑ more is better, ↓ less is better. "
+        "row-colour is told a token's row, on which depth depends much.</p>"
+        f'<div class="figures">{tables}</div>'
     )
 
 
@@ -113,12 +114,13 @@ def _table(comparison: Comparison, known: Sequence[ProbeRecord], probe: str) -> 
     body = _line(CONSTANT, "the training mean everywhere", _figures(known, kind, CONSTANT), names)
     for name, record in comparison.baselines.items():
         body += _line(name, _baseline(comparison, name, record), _figures([record], kind, probe), names)
-    for place in (1, 0):
+    for place in (0, 1):
         body += _line(
             comparison.labels[place], "", _figures([comparison.records[place]], kind, probe), names, KEYS[place]
         )
     body += _line(GRID_TARGET, "about what the grid allows", _figures(known, kind, GRID_TARGET), names)
-    return f"<table><caption>{_PROBES[probe]}</caption><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
+    head = f"<thead><tr><td></td>{head}</tr></thead>"
+    return f"<table><caption>{_PROBES[probe]}</caption>{head}<tbody>{body}</tbody></table>"
 
 
 def _baseline(comparison: Comparison, name: str, record: ProbeRecord) -> str:
@@ -180,12 +182,12 @@ def _card(number: int, samples: Sequence[Sample], labels: Sequence[str], gallery
         Panel("image", "image", "given", given, f"{alt}: what both are given; the rest is hatched", hatched(mask)),
     ]
     for key, label, strip in zip(KEYS, labels, strips, strict=True):
-        panels.append(Panel(key, label, "", strip.completed, f"{alt}, completed by {label}", outlined(mask)))
-    losses = " and ".join(format_value(strip.loss) for strip in strips)
+        loss = f"loss {format_value(strip.loss)}"
+        panels.append(Panel(key, label, loss, strip.completed, f"{alt}, completed by {label}", outlined(mask)))
+    figures = "".join(figure(panel, gallery) for panel in panels)
     return (
-        f'<article class="card" aria-label="{alt}, both runs"><header><h4>{escape(samples[0].name)}</h4>'
-        f'<p>image loss {losses}</p></header><div class="pictures">'
-        f"{''.join(figure(panel, gallery) for panel in panels)}</div></article>"
+        f'<article class="card" aria-label="{alt}, both runs"><header><h4>{escape(samples[0].name)}</h4></header>'
+        f'<div class="pictures">{figures}</div></article>'
     )
 
 
@@ -207,9 +209,10 @@ def _facts(comparison: Comparison) -> str:
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(plain(value))}</td>" for value in values)}</tr>'
         for name, values in lines
     )
+    table = f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
     return (
         '<p class="hint">Settings of model, data, optimizer, schedule and training that are not listed are the same.'
-        f'</p><div class="figures"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'</p><div class="figures facts">{table}</div>'
     )
 
 
