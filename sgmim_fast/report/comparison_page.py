@@ -162,8 +162,8 @@ def _pictures(comparison: Comparison, galleries: tuple[Gallery, Gallery]) -> str
     labels, ours = comparison.labels, galleries[0]
     total = ours.grid[0] * ours.grid[1]
     how = (
-        f"The same samples of the training set under the same masks: each run sees the same {total - ours.hidden} of {total} cells of the "
-        "image, and nothing else, and paints the others."
+        "The same samples of the training set under the same masks: each run sees the same "
+        f"{total - ours.hidden} of {total} cells of the image, and nothing else, and paints the others."
     )
     if ours.window is not None:
         how += " Brightness and contrast are the true image's, not the models'."
