@@ -97,6 +97,7 @@ def test_what_both_share_is_read_from_the_runs(both: tuple[Path, Path]) -> None:
     assert "Both saw the same crops of the same images under the same masks in the same order, 32 a step." in text
     assert "SG-MIM was given structure maps besides" in text
     assert "model.guidance relational none" in text
+    assert "more parameters outside the encoder" in text
     edit(plain, train={"seed": 3})
     text = text_of(write_report(guided, samples=1, against=plain))
     assert "The encoders did not begin with equal weights" in text
@@ -109,6 +110,7 @@ def test_what_both_share_is_read_from_the_runs(both: tuple[Path, Path]) -> None:
     edit(plain, data={"flip": True}, model={"window_size": 1})
     comparison = read_comparison(read_run(guided), plain)
     assert (comparison.same_start, comparison.same_batches) == (False, True)
+    assert "more parameters outside the encoder" not in text_of(write_report(guided, samples=1, against=plain))
 
 
 def test_runs_of_one_method_are_told_apart(tmp_path: Path) -> None:

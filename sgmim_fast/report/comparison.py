@@ -49,6 +49,11 @@ class Comparison:
         """One run had structure maps and the other had none."""
         return len({run.settings.model.guidance == "none" for run in self.runs}) == 2
 
+    @property
+    def same_encoder(self) -> bool:
+        """The encoders are of one shape."""
+        return _same_encoder(self.differing)
+
 
 def read_comparison(run: Run, folder: Path) -> Comparison:
     """Read another run and what both were measured to be.
@@ -113,9 +118,12 @@ def _meant(name: str, ours: Any, theirs: Any) -> bool:
 
 
 def _same_start(runs: tuple[Run, Run], found: Mapping[str, Any]) -> bool:
-    changed = {name for name in found if name.startswith("model.")} - _GUIDANCE
     versions = {str(run.environment.get("torch")) for run in runs}
-    return not changed and "train.seed" not in found and len(versions) == 1
+    return _same_encoder(found) and "train.seed" not in found and len(versions) == 1
+
+
+def _same_encoder(found: Mapping[str, Any]) -> bool:
+    return all(name in _GUIDANCE for name in found if name.startswith("model."))
 
 
 def _same_batches(runs: tuple[Run, Run], found: Mapping[str, Any]) -> bool:

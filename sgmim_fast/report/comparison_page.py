@@ -70,14 +70,16 @@ def _shared(comparison: Comparison) -> Iterator[str]:
         yield "The two did not see the same batches: seed, pairs a step or settings of the data are others."
     if not comparison.guided_apart:
         return
-    extra = abs(count_parameters(models[0]) - count_parameters(models[1]))
     yield (
         "SG-MIM was given structure maps besides. Where they are depth, as those of rendered scenes, the depth probes "
         "ask for something near what it was trained to tell; the segmentation probes do not."
     )
+    if not comparison.same_encoder:
+        return
+    extra = abs(count_parameters(models[0]) - count_parameters(models[1]))
     yield (
-        f"SG-MIM has {extra / 1e6:.2g} M more parameters outside the encoder and computes more in a step: equal steps "
-        "are not equal time. Gradients are clipped by the norm over all parameters, those of the guidance included."
+        f"SG-MIM has {extra / 1e6:.2g} M more parameters outside the encoder and computes more for an image: equal "
+        "steps are not equal time. Gradients are clipped by the norm over all parameters, the guidance's included."
     )
 
 
