@@ -15,11 +15,12 @@ fail = { echo "error: $(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo check test test-triton-3.6 gpu-check clean distclean force
+.PHONY: help setup demo demo-compare check test test-triton-3.6 gpu-check clean distclean force
 
 help:
 	@echo "make setup      install everything into .venv (a few minutes, about 6 GB); again only when out of date"
 	@echo "make demo       make a small data set, pre-train on it and write a report, on any machine"
+	@echo "make demo-compare  the same with and without maps (SG-MIM, SimMIM), both judged and shown on one page"
 	@echo "make check      lint, format, types and import direction"
 	@echo "make test       run the tests"
 	@echo "make gpu-check  test and time the kernels on a GPU, in under nine minutes; RESULTS=DIR takes the figures,"
@@ -63,6 +64,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/sgmim demo
 
+demo-compare: $(STAMP)
+	@$(BIN)/sgmim demo --compare
+
 # mypy follows no import hook, so it reads the package laid out as it is installed: through links.
 check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
@@ -97,7 +101,8 @@ gpu-check: $(if $(PYTHON),,$(STAMP))
 	@$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(RESULTS:%=--results %) $(SLICE:%=--slice %)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo scenes/demo
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-simmim \
+	scenes/demo scenes/demo-test
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

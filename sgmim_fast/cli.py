@@ -2,14 +2,10 @@
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sgmim_fast.errors import one_line_errors
-
-DEMO_SCENES = Path("scenes/demo")
-DEMO_RUN = Path("runs/demo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,18 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run_command=run)
         return sub
 
-    synth = command("synth", _synth, "Render procedural 3-D scenes: images, depth maps, class labels.")
-    synth.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    synth.add_argument("--count", type=int, default=1000, help="scenes")
-    synth.add_argument("--size", type=int, default=192, help="side in pixels")
-    synth.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
-    synth.add_argument("--workers", type=int, help="processes (default: one a core)")
-    synth.add_argument(
-        "--split",
-        choices=("train", "test"),
-        default="train",
-        help="test: a series of its own, with textures, furniture and cameras that train never shows",
-    )
+    from sgmim_fast.commands import demonstrating, evaluating, exporting, predicting, probing, rendering
+
+    rendering.add_options(command("synth", rendering.run, rendering.DESCRIPTION))
 
     maps = command("structure-maps", _structure_maps, "Make 16-bit relative depth maps with a pretrained estimator.")
     maps.add_argument("images", type=Path, metavar="IMAGES", help="folder with images/, or any folder of images")
@@ -116,8 +103,6 @@ def _parser() -> argparse.ArgumentParser:
         "Fine-tune a backbone: sgmim finetune depth|segmentation (each with --help for its options).",
     )
 
-    from sgmim_fast.commands import evaluating, exporting, predicting, probing
-
     evaluating.add_options(command("evaluate", evaluating.run, evaluating.DESCRIPTION))
     predicting.add_options(command("predict", predicting.run, predicting.DESCRIPTION))
     probing.add_options(command("probe", probing.run, probing.DESCRIPTION))
@@ -126,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     report.add_argument("--output", type=Path, help="file to write (default: RUN/report.html)")
     report.add_argument("--samples", type=int, default=6, help="pairs in the gallery")
+    report.add_argument(
+        "--against",
+        type=Path,
+        metavar="OTHER",
+        help="folder of another run with the same images and masks, to show beside RUN: losses, pictures, and figures "
+        "of frozen features, where `sgmim probe` has written them to probe.json in both",
+    )
 
     exporting.add_options(command("export", exporting.run, exporting.DESCRIPTION))
 
@@ -137,29 +129,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_options(plan)
 
-    demo = command("demo", _demo, "Render scenes, pre-train a small Swin on two ranks, report, export: some minutes.")
-    demo.add_argument("--count", type=int, default=1500, help="scenes to render")
-    demo.add_argument("--steps", type=int, help="stop training after this many steps (default: the recipe's epochs)")
+    demonstrating.add_options(command("demo", demonstrating.run, demonstrating.DESCRIPTION))
     return parser
-
-
-def _synth(arguments: argparse.Namespace) -> None:
-    from rich.progress import Progress
-
-    from sgmim_fast.data.scenes.synthetic import render_dataset
-
-    with Progress() as progress:
-        task = progress.add_task("rendering scenes", total=arguments.count)
-        render_dataset(
-            arguments.out,
-            count=arguments.count,
-            size=arguments.size,
-            seed=arguments.seed,
-            workers=arguments.workers,
-            split=arguments.split,
-            progress=lambda done, _total: progress.update(task, completed=done),
-        )
-    print(f"{arguments.count} scenes in {arguments.out}")
 
 
 def _structure_maps(arguments: argparse.Namespace) -> None:
@@ -254,7 +225,8 @@ def _shard(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from sgmim_fast.report import write_report
 
-    print(f"wrote {write_report(arguments.run, arguments.output, samples=arguments.samples)}")
+    page = write_report(arguments.run, arguments.output, samples=arguments.samples, against=arguments.against)
+    print(f"wrote {page}")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -278,31 +250,6 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(to_json(plan))
     else:
         show(plan)
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    began = time.perf_counter()
-    if not (DEMO_SCENES / "metadata.jsonl").exists():
-        print(f"1/4 rendering {arguments.count} scenes into {DEMO_SCENES}", flush=True)
-        main(["synth", str(DEMO_SCENES), "--count", str(arguments.count), "--size", "160"])
-    print(f"2/4 pre-training a small Swin on two DeepSpeed ranks in {DEMO_RUN}", flush=True)
-    finished = (DEMO_RUN / "backbone_timm.safetensors").exists()
-    if finished:
-        print(f"    {DEMO_RUN} holds a finished run; delete the folder to train again")
-    else:
-        options = ["--resume", "auto"]
-        options += ["--train.max-steps", str(arguments.steps)] if arguments.steps else []
-        from sgmim_fast.commands.training import train
-
-        status = train("pretrain", ["--num-gpus", "2", "--recipe", "demo", "--data", str(DEMO_SCENES), *options])
-        if status:
-            raise SystemExit(status)
-    print("3/4 writing the page", flush=True)
-    main(["report", str(DEMO_RUN)])
-    print("4/4 exporting the backbone for timm", flush=True)
-    main(["export", str(DEMO_RUN), "--layout", "timm"])
-    page = (DEMO_RUN / "report.html").resolve().as_uri()
-    print(f"\ndone in {(time.perf_counter() - began) / 60:.1f} min. Open {page} in a browser.")
 
 
 if __name__ == "__main__":

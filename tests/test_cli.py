@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,16 +27,35 @@ def sgmim(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_demo_in_small(tmp_path: Path) -> None:
-    """Scenes, two DeepSpeed ranks, page, export; a second call finds its work done; timm takes the backbone, and so do
-    both dense tasks.
+    """Scenes, two DeepSpeed ranks, page, export; a second call finds its work done and compares it; timm takes the
+    backbone, and so do both dense tasks.
     """
     done = sgmim(tmp_path, "demo", "--count", "40", "--steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "runs/demo/report.html").resolve().as_uri() in done.stdout
     assert "Traceback" not in done.stderr
-    again = sgmim(tmp_path, "demo", "--count", "40", "--steps", "2")
+    weights = (tmp_path / "runs/demo/checkpoints/step_000002/model.safetensors").read_bytes()
+    compared = sgmim(tmp_path, "demo", "--count", "40", "--compare")  # for as many steps as the run that is there
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "runs/demo holds a finished run; delete the folder to train again" in compared.stdout
+    assert (tmp_path / "runs/demo/checkpoints/step_000002/model.safetensors").read_bytes() == weights
+    assert [line[:4] for line in compared.stdout.splitlines() if line[1:4] == "/7 "] == [f"{n}/7 " for n in range(1, 8)]
+    page = (tmp_path / "runs/demo/report.html").read_text()
+    assert "Both encoders began with equal weights" in page
+    assert "the weights that both began with" in page
+    figures = json.loads((tmp_path / "runs/demo-simmim/probe.json").read_text())["reports"]["depth"]
+    assert figures["val"].endswith("all 8 images of scenes/demo-test")
+    shown = f"{figures['results'][0]['figures']['abs_rel']:.3f}"
+    assert f"<td>{shown}</td>" in page
+    assert re.search(rf"runs/demo-simmim .*{shown}", compared.stdout)
+    again = sgmim(tmp_path, "demo", "--count", "40", "--compare")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "delete the folder to train again" in again.stdout
+    assert again.stdout.count("is up to date") == 4
+    config = tmp_path / "runs/demo-simmim/config.json"
+    config.write_text(config.read_text().replace('"max_steps": 2', '"max_steps": 1'))
+    refused = sgmim(tmp_path, "demo", "--compare")
+    assert refused.returncode == 2
+    assert "were not trained alike: train.max_steps is 2 in the one and 1 in the other" in refused.stderr
 
     backbone = timm.models.swin_transformer.SwinTransformer(
         img_size=128, embed_dim=32, depths=(2, 2, 4, 2), num_heads=(2, 4, 8, 16), window_size=4, num_classes=0

@@ -16,12 +16,14 @@ from sgmim_fast.backbones import create_backbone
 from sgmim_fast.cli import main
 from sgmim_fast.config import ModelConfig
 from sgmim_fast.data.dense.evaluation import EvaluationSample, evaluation_samples
+from sgmim_fast.data.scenes.synthetic import render_dataset
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.backbone import Backbone
 from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.probing.data import ProbeSplits, open_splits
 from sgmim_fast.probing.features import BackboneFeatures, Features, RowColour
 from sgmim_fast.probing.probes import CONSTANT, GRID_TARGET, ProbeReport, run_probes
+from sgmim_fast.probing.record import read_record
 from sgmim_fast.probing.settings import ProbeSettings
 from sgmim_fast.probing.targets import Cells, DepthTarget
 from sgmim_fast.weights import save_weights
@@ -267,6 +269,31 @@ def test_command_probes_a_run(scenes: Path, run: Path, tmp_path: Path, capsys: p
     assert len({report["results"][-1]["figures"]["rmse"] for report in of.values()}) == 1
 
 
+def test_another_folder_is_scored_on_as_a_whole(scenes: Path, tmp_path: Path) -> None:
+    test = render_dataset(tmp_path / "test", count=7, size=64, workers=1, split="test")
+    common = ("row-colour", "--data", scenes, "--dataset", "scenes", "--train-images", 6, "--tokens", 120)
+    probe(*common, "--val-data", test, "--val-images", 7, "--output", tmp_path / "found.json")
+    content = json.loads((tmp_path / "found.json").read_text())
+    for kind, found in content["reports"].items():
+        assert found["val"] == f"scenes: all 7 images of {test}"
+        assert found["train"].startswith(f"scenes (train): 18 images of {scenes}")
+        splits = open_splits(kind, "scenes", str(scenes), val_path=str(test))
+        names = [splits.val.members(index)[0].path for index in range(7)]
+        assert names == [str(test / f"images/{number:06d}.jpg") for number in range(7)]
+        own = open_splits(kind, "scenes", str(scenes))
+        assert (len(own.train), len(own.val)) == (len(splits.train), 2) == (18, 2)
+    # What is written is read again, and tells the same images from others.
+    record = read_record(tmp_path / "found.json")
+    assert record.weights == "row-colour"
+    results = content["reports"]["depth"]["results"]
+    assert record.figures["depth"]["knn-depth"] == results[1]["figures"]
+    probe(*common, "--val-images", 2, "--output", tmp_path / "own.json")
+    assert record.difference(record) == ""
+    assert "settings.val_images is 7 in the one and 2 in the other" in record.difference(
+        read_record(tmp_path / "own.json")
+    )
+
+
 def test_random_weights_are_those_of_the_seed(run: Path, scenes: Path, tmp_path: Path) -> None:
     rmse = []
     for seed in (3, 3, 4):
@@ -289,6 +316,8 @@ def test_command_takes_folders_of_ones_own(tmp_path: Path, capsys: pytest.Captur
     ("words", "complaint"),
     [
         (("row-colour", "--dataset", "scenes", "--train-images", 50), "--train-images 50 is more than there are"),
+        (("row-colour", "--dataset", "scenes", "--val-data", "nowhere"), "nowhere is no folder"),
+        (("row-colour", "--dataset", "nyu", "--val-data", "nowhere"), "--val-data is for --dataset scenes or folder"),
         (("row-colour", "--dataset", "nyu", "--tasks", "segmentation"), "--tasks segmentation cannot be with"),
         (("row-colour", "--dataset", "folder"), "--tasks is not set"),
         (("row-colour", "--dataset", "folder", "--tasks", "segmentation"), "--classes is not set"),

@@ -1,19 +1,16 @@
 """The page of a run: what it shows is what the model did, and what is broken is said."""
 
-import base64
-import io
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from page_reading import Page, decode
 from tiny_run import NASTY, TINY, make_run, metric_row
 
 from sgmim_fast import UserError, create_model
@@ -26,8 +23,8 @@ from sgmim_fast.reference import local_normalize
 from sgmim_fast.report import write_report
 from sgmim_fast.report.curves import format_value
 from sgmim_fast.report.gallery import Gallery, build_gallery, local_denormalize
-from sgmim_fast.report.page import format_duration
 from sgmim_fast.report.run import Row, read_run
+from sgmim_fast.report.words import format_duration
 from sgmim_fast.weights import load_weights
 
 
@@ -40,37 +37,6 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return make_run(tmp_path)
-
-
-class Page(HTMLParser):
-    """Elements by tag, their attributes, and all visible text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._silent = False
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.text += "" if tag == "wbr" else " "
-        self.elements.append((tag, dict(attrs)))
-        self._silent = tag in ("script", "style")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._silent = False
-
-    def handle_data(self, data: str) -> None:
-        self.text += "" if self._silent else data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def decode(uri: str) -> np.ndarray:
-    kind, content = uri.split(",", 1)
-    assert kind == "data:image/jpeg;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))), dtype=np.int16)
 
 
 # -- the page

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from browser import Browser
+from compared_runs import add_records, make_both
 from tiny_run import make_run
 
 from sgmim_fast.report import write_report
@@ -67,6 +68,37 @@ def test_curves_are_read_by_key_and_pointer(fresh: Browser, shared_run: Path) ->
     fresh.point(x, y)
     assert shown("images_per_second") == "120"
     assert fresh.complaints == []
+
+
+def test_two_runs_are_shown_and_read_apart(fresh: Browser, tmp_path: Path) -> None:
+    guided, plain = make_both(tmp_path)
+    add_records(guided, plain)
+    path = write_report(guided, samples=2, against=plain)
+    for width, scheme in ((390, "dark"), (1366, "light")):
+        fresh.resize(width, 900)
+        fresh.prefer(scheme)
+        fresh.open(path)
+        assert fresh.evaluate("[...document.images].map(image => image.naturalWidth)") == [96] * (4 + 8) * 2
+        assert fresh.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{width} pixels are too narrow"
+        cells = "[...document.querySelectorAll('#compared td')]"
+        assert fresh.evaluate(f"{cells}.every(cell => cell.scrollWidth <= cell.clientWidth)")
+    colours = fresh.evaluate(
+        "['first', 'second'].map(key => getComputedStyle(document.querySelector(`path.line.${key}`)).stroke)"
+    )
+    assert len(set(colours)) == 2
+
+    def shown(key: str) -> Any:
+        return fresh.evaluate(f"document.querySelector('[data-key={key}]').textContent")
+
+    assert (shown("first"), shown("second"), shown("loss")) == ("0.0200", "0.0200", "0.0500")
+    fresh.evaluate("document.querySelector('#compared .plot').focus()")
+    fresh.press("Home")
+    assert (shown("first"), shown("second"), shown("loss")) == ("0.400", "0.400", "0.0500")
+    fresh.evaluate("document.querySelector('#curves .plot').focus()")
+    fresh.press("Home")
+    assert (shown("first"), shown("loss")) == ("0.0200", "1.00")
+    assert fresh.complaints == []
+    assert set(fresh.requests) == {path.as_uri()}
 
 
 def test_outlines_can_be_switched_off(fresh: Browser, shared_run: Path) -> None:

@@ -13,7 +13,7 @@ from sgmim_fast.report.run import Row
 def test_long_runs_are_merged() -> None:
     rows: list[Row] = [metric_row(step) for step in range(1, 10 * POINTS + 1)]
     html = render_charts(rows)
-    found = re.search(r'id="readout">(.*?)</script>', html)
+    found = re.search(r'class="readout">(.*?)</script>', html)
     assert found is not None
     numbers = json.loads(found[1])
     assert len(numbers["x"]) == len(numbers["values"]["loss"]) == POINTS

@@ -14,6 +14,7 @@ from sgmim_fast.train.arguments import config_to_json
 from sgmim_fast.weights import save_weights
 
 TINY = ModelConfig(image_size=(64, 96), embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_size=2)
+TRAIN = TrainConfig(batch_size=16, zero_stage=2)
 NASTY = "<img src=x onerror=console.error(1)></script><script>console.error(2)</script>"
 
 
@@ -46,14 +47,15 @@ def metric_row(step: int, **changes: Any) -> dict[str, Any]:
     return row | {"peak_memory_bytes": 3 << 30, "time": 2.0 * step} | changes
 
 
-def make_run(folder: Path, model: ModelConfig = TINY) -> Path:
-    data = make_pairs(folder / "data", model.structure_channels)
-    run = folder / "my run"
+def make_run(folder: Path, model: ModelConfig = TINY, name: str = "my run", train: TrainConfig = TRAIN) -> Path:
+    """The pairs are in ``folder / "data"``; further runs there are of the same."""
+    data = folder / "data"
+    if not data.exists():
+        make_pairs(data, model.structure_channels)
+    run = folder / name
     weights = run / "checkpoints" / "step_000040" / "model.safetensors"
     weights.parent.mkdir(parents=True)
-    config = PretrainConfig(
-        model=model, data=DataConfig(path=str(data)), train=TrainConfig(batch_size=16, zero_stage=2)
-    )
+    config = PretrainConfig(model=model, data=DataConfig(path=str(data)), train=train)
     (run / "config.json").write_text(config_to_json(config, "swin_base_100ep", "pretrain"))
     (run / "environment.json").write_text(json.dumps({"python": "3.11.0", "world_size": 2, "command": NASTY}))
     rows = [metric_row(step) for step in range(2, 42, 2)]

@@ -1,24 +1,23 @@
 """``sgmim probe``: what an encoder knows before any fine-tuning, measured on its frozen features."""
 
 import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sgmim_fast.commands.probed_weights import RANDOM, open_backbone
 from sgmim_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from sgmim_fast.models.backbone import Backbone
+    from sgmim_fast.probing.data import Kind
     from sgmim_fast.probing.features import Features
-    from sgmim_fast.probing.probes import ProbeReport
+    from sgmim_fast.probing.probes import ProbeReport, Progress
 
 DESCRIPTION = (
     "Judge a pre-trained encoder by its frozen features: linear depth, linear segmentation, nearest neighbours."
 )
-RANDOM = "random"
 ROW_COLOUR = "row-colour"
-_SHOWN = {"depth": ("d1", "abs_rel", "rmse", "silog"), "segmentation": ("mIoU", "mAcc", "aAcc")}
 _TEACHING = f"""{DESCRIPTION}
 
 Nothing of the encoder is trained. Its maps are brought to one grid of tokens; each probe says from one token's features
@@ -36,6 +35,7 @@ _EXAMPLES = f"""examples:
   sgmim probe runs/demo --data scenes/demo --dataset scenes --output demo.json
   sgmim probe {RANDOM} --like runs/demo --data scenes/demo --dataset scenes    same shape, nothing learnt
   sgmim probe {ROW_COLOUR} --data scenes/demo --dataset scenes             what place and colour tell
+  sgmim probe runs/demo --data scenes/demo --val-data scenes/test --dataset scenes   scored on scenes of another folder
   sgmim probe swin_base.pth --name swin_base --data nyu --dataset nyu --train-images 50
 """
 
@@ -60,6 +60,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="architecture, such as swin_base, where the weights do not say it")
     parser.add_argument("--like", type=Path, metavar="RUN", help=f'with "{RANDOM}": run or file to take the shape from')
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
+    parser.add_argument(
+        "--val-data",
+        metavar="DIR",
+        help="folder whose images are all scored on, of the same layout, scenes or folder (default: those of --data "
+        "that are held out)",
+    )
     parser.add_argument(
         "--dataset",
         required=True,
@@ -116,13 +122,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: for weights, data or options that do not fit.
     """
-    from dataclasses import asdict
-
-    import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
     from sgmim_fast.probing.data import open_splits
     from sgmim_fast.probing.probes import run_probes
+    from sgmim_fast.probing.record import write_record
     from sgmim_fast.probing.settings import ProbeSettings
     from sgmim_fast.train.environment import describe_environment
 
@@ -136,6 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise UserError(f"--output {arguments.output}: {arguments.output.parent} is not a folder; create it first")
     options = {
+        "val_path": arguments.val_data,
         "lists": (arguments.train_list, arguments.val_list),
         "max_depth": arguments.max_depth,
         "depth_scale": arguments.depth_scale,
@@ -149,35 +152,30 @@ def run(arguments: argparse.Namespace) -> None:
             f"{found.kind}: fitted on {found.train.describe()}\n{found.kind}: scored on {found.val.describe()}",
             flush=True,
         )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bars: dict[str, TaskID] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done)
-
+    with bars() as tell:
         reports = {found.kind: run_probes(features, found, tasks[found.kind], settings, tell) for found in splits}
     for kind, report in reports.items():
         _show(kind, report)
     if arguments.output is not None:
-        written: dict[str, Any] = {
-            "weights": origin,
-            "features": features.extractor.describe(),
-            "stride": features.stride,
-            "channels": features.channels,
-            "cache_dtype": arguments.cache_dtype,
-            "settings": asdict(settings),
-            "reports": {
-                kind: asdict(report)
-                | {"train": found.train.describe(), "val": found.val.describe(), "target": vars(found.target)}
-                for (kind, report), found in zip(reports.items(), splits, strict=True)
-            },
-            "environment": describe_environment(torch.device(device), 1),
-        }
-        arguments.output.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        write_record(arguments.output, origin, features, settings, splits, reports, describe_environment(device, 1))
         print(f"wrote {arguments.output}")
+
+
+@contextmanager
+def bars() -> "Iterator[Progress]":
+    """What tells progress in bars, one for each thing that is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield tell
 
 
 def _tasks(arguments: argparse.Namespace) -> dict[Any, list[Any]]:
@@ -220,58 +218,21 @@ def _open_features(arguments: argparse.Namespace) -> "tuple[Features, str, Any]"
                 raise UserError(f'--{said} means nothing for "{ROW_COLOUR}", which has no encoder; leave it out')
         return Features(RowColour(arguments.stride), **keeping), ROW_COLOUR, torch.device("cpu")
     device = open_device(arguments.device)
-    backbone, origin = _open_backbone(arguments)
+    backbone, origin = open_backbone(arguments.weights, name=arguments.name, like=arguments.like, seed=arguments.seed)
     extractor = BackboneFeatures(backbone.to(device), arguments.maps, arguments.stride, place=arguments.add_place)
     return Features(extractor, **keeping), origin, device
 
 
-def _open_backbone(arguments: argparse.Namespace) -> "tuple[Backbone, str]":
-    """The backbone, and what its weights are."""
-    import torch
+def _show(kind: "Kind", report: "ProbeReport") -> None:
+    from sgmim_fast.probing.record import SHOWN
 
-    from sgmim_fast.backbones import create_backbone
-
-    options: dict[str, Any] = {"norm": "last", "pyramid": False}
-    if arguments.weights != RANDOM:
-        file = _weights_file(Path(arguments.weights))
-        return create_backbone(arguments.name, weights=file, **options), str(file)
-    if (arguments.name is None) == (arguments.like is None):
-        raise UserError(f'"{RANDOM}" needs a shape: give either --name swin_base or --like RUN')
-    shape = arguments.name
-    if arguments.like is not None:
-        with torch.device("meta"):
-            shape = create_backbone(weights=_weights_file(arguments.like), **options).config
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(arguments.seed)
-        return create_backbone(shape, **options if isinstance(shape, str) else {}), RANDOM
-
-
-def _weights_file(path: Path) -> Path:
-    """The file that a run's folder, a checkpoint's or a file's path means."""
-    from sgmim_fast.train.run_folder import WEIGHTS, latest_checkpoint
-    from sgmim_fast.weight_files import read_metadata
-
-    file = path
-    if (path / WEIGHTS).is_file():
-        file = path / WEIGHTS
-    elif path.is_dir():
-        checkpoint = latest_checkpoint(path)
-        if checkpoint is None:
-            raise UserError(f"{path}: the folder holds no checkpoint; name a pre-training run that has one")
-        file = checkpoint / WEIGHTS
-    if "task" in read_metadata(file):
-        raise UserError(f"{file}: holds a fine-tuned model, which `sgmim evaluate` tests; name pre-trained weights")
-    return file
-
-
-def _show(kind: str, report: "ProbeReport") -> None:
     print(
         f"\n{kind}: {report.train_images} images fitted on ({report.train_tokens} tokens, {report.kept_tokens} kept), "
         f"{report.val_images} scored"
     )
-    _print_row("", _SHOWN[kind])
+    _print_row("", SHOWN[kind])
     for result in report.results:
-        _print_row(result.probe, [f"{result.figures[name]:.4f}" for name in _SHOWN[kind]])
+        _print_row(result.probe, [f"{result.figures[name]:.4f}" for name in SHOWN[kind]])
 
 
 def _print_row(name: str, values: Sequence[str]) -> None:

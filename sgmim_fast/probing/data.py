@@ -1,15 +1,17 @@
 """The images that probes are fitted and scored on."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from sgmim_fast.config import DepthConfig, DepthDataset, DepthEvalConfig, LabelDataset
+from sgmim_fast.data.dense.folders import Split
 from sgmim_fast.data.dense.opening import open_depth, open_labels
 from sgmim_fast.data.dense.samples import DenseSamples
+from sgmim_fast.data.pair_list import PairList
 from sgmim_fast.errors import UserError
 from sgmim_fast.finetune_recipes import DEPTH_RECIPES, SEGMENTATION_RECIPES
 from sgmim_fast.probing.settings import ProbeSettings
@@ -17,6 +19,9 @@ from sgmim_fast.probing.targets import ClassTarget, DepthTarget, Target
 
 Kind = Literal["depth", "segmentation"]
 DATASETS = tuple(dict.fromkeys((*get_args(DepthDataset), *get_args(LabelDataset))))
+_FOLDERS = ("scenes", "folder")
+"""Data sets of which a folder may be scored on as a whole."""
+_Opener = Callable[[str, Split], DenseSamples]
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ def open_splits(
     dataset: str,
     path: str,
     *,
+    val_path: str | None = None,
     lists: tuple[str | None, str | None] = (None, None),
     max_depth: float | None = None,
     depth_scale: float | None = None,
@@ -77,6 +83,7 @@ def open_splits(
     fine-tuning, and so is the crop that counts in an image's depth.
 
     Args:
+        val_path: another folder of the same layout, scenes or folder; all of its images are those to score on.
         lists: of training and of evaluation.
         max_depth: metres.
         depth_scale: stored units a metre, of a folder.
@@ -87,20 +94,52 @@ def open_splits(
     """
     if kind not in kinds_of(dataset):
         raise UserError(f"dataset {dataset} has no {'depth maps' if kind == 'depth' else 'labels'}")
-    given: dict[str, Any] = {"path": path, "train_list": lists[0], "val_list": lists[1]}
+    if val_path is not None and (dataset not in _FOLDERS or lists != (None, None)):
+        raise UserError("--val-data is for --dataset scenes or folder without lists; leave it or the lists out")
+    given = {"path": path, "train_list": lists[0], "val_list": lists[1]}
     if kind == "depth":
-        recipe = DEPTH_RECIPES[dataset]()
-        if depth_scale is not None:
-            given["depth_scale"] = depth_scale
-        depth: DepthConfig = recipe.depth if max_depth is None else replace(recipe.depth, max_depth=max_depth)
-        protocol: DepthEvalConfig = recipe.evaluation
-        data = replace(recipe.data, **given)
-        train, val = (open_depth(data, split, max_depth=depth.max_depth) for split in ("train", "val"))
-        return ProbeSplits(kind, train, val, DepthTarget(depth.min_depth, depth.max_depth, protocol.crop))
+        open_split, target = _depth(dataset, given, max_depth, depth_scale)
+    else:
+        open_split, target = _labels(dataset, given, classes)
+    train = open_split(path, "train")
+    val = open_split(path, "val") if val_path is None else _whole(open_split, dataset, val_path)
+    return ProbeSplits(kind, train, val, target)
+
+
+def _depth(
+    dataset: str, given: dict[str, Any], max_depth: float | None, depth_scale: float | None
+) -> tuple[_Opener, Target]:
+    recipe = DEPTH_RECIPES[dataset]()
+    depth: DepthConfig = recipe.depth if max_depth is None else replace(recipe.depth, max_depth=max_depth)
+    protocol: DepthEvalConfig = recipe.evaluation
+    data = replace(recipe.data, **given | ({} if depth_scale is None else {"depth_scale": depth_scale}))
+    return (
+        lambda path, split: open_depth(replace(data, path=path), split, max_depth=depth.max_depth),
+        DepthTarget(depth.min_depth, depth.max_depth, protocol.crop),
+    )
+
+
+def _labels(dataset: str, given: dict[str, Any], classes: int | None) -> tuple[_Opener, Target]:
     if dataset == "folder" and classes is None:
         raise UserError("--classes is not set; say how many classes the labels have")
-    labels = SEGMENTATION_RECIPES[dataset]()
-    classes = labels.segmentation.classes if classes is None else replace(labels.segmentation, classes=classes).classes
-    pixels = replace(labels.data, **given)
-    train, val = (open_labels(pixels, split, classes=classes) for split in ("train", "val"))
-    return ProbeSplits(kind, train, val, ClassTarget(classes))
+    recipe = SEGMENTATION_RECIPES[dataset]()
+    count = recipe.segmentation.classes
+    if classes is not None:
+        count = replace(recipe.segmentation, classes=classes).classes
+    data = replace(recipe.data, **given)
+    return lambda path, split: open_labels(replace(data, path=path), split, classes=count), ClassTarget(count)
+
+
+def _whole(open_split: _Opener, dataset: str, path: str) -> DenseSamples:
+    """Both splits of a folder as one."""
+    train, val = open_split(path, "train"), open_split(path, "val")
+    pairs = PairList.of(sorted([*train.pairs, *val.pairs]))
+    return DenseSamples(
+        train.root,
+        pairs,
+        train.decoder,
+        summary=f"{dataset}: all {len(pairs)} images of {train.root}",
+        class_names=train.class_names,
+        max_depth=train.max_depth,
+        fit=train.fit,
+    )

@@ -5,7 +5,7 @@ The plot area is stretched to whatever width there is; all text is HTML beside i
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -60,37 +60,87 @@ CHARTS = (
 )
 
 
+@dataclass(frozen=True)
+class _Line:
+    """Where a series is drawn."""
+
+    series: Series
+    x: NDArray[np.float64]
+    """Shares of the axis of steps."""
+    values: NDArray[np.float64]
+
+
 def render_charts(rows: Sequence[Row]) -> str:
     """All charts and the numbers behind them; ``rows`` must not be empty."""
-    groups = np.array_split(np.arange(len(rows)), min(len(rows), POINTS))
     keys = {"step", "epoch", *(line.key for chart in CHARTS for line in chart.series)}
-    table = {key: _column(rows, key) for key in keys}
-    grouped = {key: np.array([_mean(column[group]) for group in groups]) for key, column in table.items()}
-    # The last step of a group names it: that is when its mean is known.
-    steps = np.array([table["step"][group[-1]] for group in groups])
+    grouped = _grouped(rows, keys)
+    steps = grouped["step"]
     start, x = _positions(steps)
     shown = [chart for chart in CHARTS if np.isfinite([grouped[line.key] for line in chart.series]).any()]
-    figures = "".join(_render_chart(chart, steps, start, x, grouped) for chart in shown)
-    readout = {
-        "x": [round(float(value), 5) for value in x],
-        "at": [f"step {int(s):,}, epoch {e:.2f}" for s, e in zip(steps, grouped["epoch"], strict=True)],
-        "values": {
-            line.key: [format_value(value, chart.percent) for value in grouped[line.key]]
-            for chart in shown
-            for line in chart.series
-            if np.isfinite(grouped[line.key]).any()
-        },
+    figures = "".join(
+        _render_chart(chart, [_Line(line, x, grouped[line.key]) for line in chart.series], steps, start)
+        for chart in shown
+    )
+    values = {
+        line.key: [format_value(value, chart.percent) for value in grouped[line.key]]
+        for chart in shown
+        for line in chart.series
+        if np.isfinite(grouped[line.key]).any()
     }
+    at = [f"step {int(s):,}, epoch {e:.2f}" for s, e in zip(steps, grouped["epoch"], strict=True)]
+    return _with_readout(figures, x, at, values, _merged(len(rows), len(steps)))
+
+
+def render_overlay(chart: Chart, column: str, runs: Sequence[Sequence[Row]]) -> str:
+    """One column of several runs over the steps of the longest.
+
+    Args:
+        chart: with a series for each run.
+        column: of the metrics, known at some step of each.
+        runs: rows, none empty.
+    """
+    found = [_grouped(rows, {"step", column}) for rows in runs]
+    steps = np.unique(np.concatenate([run["step"] for run in found]))
+    start, x = _positions(steps)
+    lines, values = [], {}
+    for series, run in zip(chart.series, found, strict=True):
+        at = np.searchsorted(steps, run["step"])
+        lines.append(_Line(series, x[at], run[column]))
+        # Between the rows of one run that another has logged at, the last value holds; after the last there is none.
+        latest = np.searchsorted(run["step"], steps, side="right") - 1
+        known = (latest >= 0) & (steps <= run["step"][-1])
+        values[series.key] = [format_value(run[column][i]) if k else "–" for i, k in zip(latest, known, strict=True)]
+    merged = _merged(*max((len(rows), len(run["step"])) for rows, run in zip(runs, found, strict=True)))
+    figure = _render_chart(chart, lines, steps, start)
+    return _with_readout(figure, x, [f"step {int(step):,}" for step in steps], values, merged)
+
+
+def _grouped(rows: Sequence[Row], keys: Iterable[str]) -> dict[str, NDArray[np.float64]]:
+    """Columns; where there are many rows, means of groups, named by their last step: that is when a mean is known."""
+    groups = np.array_split(np.arange(len(rows)), min(len(rows), POINTS))
+    table = {key: _column(rows, key) for key in keys}
+    found = {key: np.array([_mean(column[group]) for group in groups]) for key, column in table.items()}
+    found["step"] = np.array([table["step"][group[-1]] for group in groups])
+    return found
+
+
+def _merged(rows: int, points: int) -> str:
+    if points == rows:
+        return ""
+    return f" Each point is the mean of about {round(rows / points)} of the {rows:,} logged rows."
+
+
+def _with_readout(
+    figures: str, x: NDArray[np.float64], at: Sequence[str], values: Mapping[str, Sequence[str]], merged: str
+) -> str:
+    """Charts of which one step is read at a time."""
+    readout = {"x": [round(float(value), 5) for value in x], "at": at, "values": values}
     # "<" could end the script element early; JSON may spell it this way.
     numbers = json.dumps(readout, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
-    merged = ""
-    if len(groups) < len(rows):
-        merged = f" Each point is the mean of about {round(len(rows) / len(groups))} of the {len(rows):,} logged rows."
     return (
         f'<p class="hint">Bold: smoothed; faint: as logged.{merged} <span class="script-only">Point at a curve, or '
         "focus it and use the arrow keys, to read all of them at one step.</span></p>"
-        f'<div class="charts">{figures}</div>'
-        f'<script type="application/json" id="readout">{numbers}</script>'
+        f'<div class="charts">{figures}<script type="application/json" class="readout">{numbers}</script></div>'
     )
 
 
@@ -151,15 +201,15 @@ def _positions(steps: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
     return start, (steps - start) / (steps[-1] - start)
 
 
-def _render_chart(
-    chart: Chart,
-    steps: NDArray[np.float64],
-    start: float,
-    x: NDArray[np.float64],
-    columns: dict[str, NDArray[np.float64]],
-) -> str:
-    lines = [line for line in chart.series if np.isfinite(columns[line.key]).any()]
-    everything = np.concatenate([columns[line.key] for line in lines])
+def _render_chart(chart: Chart, given: Sequence[_Line], steps: NDArray[np.float64], start: float) -> str:
+    """
+    Args:
+        given: the chart's lines; those without a finite value are left out.
+        steps: of the axis, which ends at the last.
+        start: step at which the axis begins.
+    """
+    lines = [line for line in given if np.isfinite(line.values).any()]
+    everything = np.concatenate([line.values for line in lines])
     ticks, height, logarithmic = _axis(chart, everything[np.isfinite(everything)])
 
     grid = "".join(f'<path class="rule" d="M0 {_SCALE * height(tick):.1f}H{_SCALE}"/>' for tick in ticks)
@@ -172,23 +222,21 @@ def _render_chart(
     grid += "".join(f'<path class="rule" d="M{_SCALE * share:.1f} 0V{_SCALE}"/>' for share, _ in x_ticks)
     curves = ""
     for line in lines:
-        raw = columns[line.key]
-        if chart.exact:
-            even = raw
-        else:
-            even = np.exp(smooth(np.log(raw))) if logarithmic else smooth(raw)
-            curves += f'<path class="raw {line.key}" d="{_path(x, height, raw)}"/>'
-        curves += f'<path class="line {line.key}" d="{_path(x, height, even)}"/>'
+        key, even = line.series.key, line.values
+        if not chart.exact:
+            even = np.exp(smooth(np.log(even))) if logarithmic else smooth(even)
+            curves += f'<path class="raw {key}" d="{_path(line.x, height, line.values)}"/>'
+        curves += f'<path class="line {key}" d="{_path(line.x, height, even)}"/>'
     legend = "".join(
-        f'<span class="entry"><i class="swatch {line.key}"></i>{escape(line.label)} '
-        f'<span class="value" data-key="{line.key}">{_last(columns[line.key], chart.percent)}</span></span>'
+        f'<span class="entry"><i class="swatch {line.series.key}"></i>{escape(line.series.label)} '
+        f'<span class="value" data-key="{line.series.key}">{_last(line.values, chart.percent)}</span></span>'
         for line in lines
     )
     unit = f"{chart.unit}, logarithmic" if logarithmic else chart.unit
     name = f"{chart.title}, {unit}"
     summary = f"{name}, from step {int(steps[0]):,} to {int(steps[-1]):,}. " + " ".join(
-        f"{line.label}: {_first(columns[line.key], chart.percent)} at first, "
-        f"{_last(columns[line.key], chart.percent)} at last."
+        f"{line.series.label}: {_first(line.values, chart.percent)} at first, "
+        f"{_last(line.values, chart.percent)} at last."
         for line in lines
     )
     return (
