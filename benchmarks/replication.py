@@ -12,27 +12,22 @@ is tuned. ``--rate`` and ``--length`` choose other rates and numbers of steps fr
 each encoder is
 
 * probed (``sgmim_fast.probing``): linear and nearest-neighbour depth and classes, beside row and column;
-* fine-tuned: depth with the head "glp", classes with UPerNet, by the package's tasks, layer decay and schedules.
+* fine-tuned: depth with the head "dpt", classes with UPerNet, by the package's tasks, layer decay and schedules.
 
 The labelled scenes are drawn by the seed and nested; every number of labels gets as many steps. Scored are scenes with
 textures, furniture and cameras that training never shows (``sgmim synth --split test``), and apart from them new scenes
 of the kind it shows, whose figures are named "familiar ...". The arm "row-colour" is the probe of row, column and mean
 colour; its rows hold the constant and the truth on the grid, too.
 
-Rows go to ``benchmarks/results/replication.jsonl``, one a piece (arm, seed, stage, labels). A piece that has a row with
-the fingerprint of its settings is not done again. Weights, scenes and figures of single test images are in ``--work``.
+Rows go to ``benchmarks/results/replication.jsonl``, one a piece (arm, seed, stage, labels), and ``python -m
+benchmarks.report`` renders them. A piece that has a row with the fingerprint of its settings is not done again. Weights, scenes and figures of single test images are in ``--work``.
 On CPUs figures are the same again to the last digit on the same kind of machine; on GPUs they are not promised to be.
 
 Sizes (``replicating/sizes.py``):
 
-* ``micro``: Swin of three stages, 96 pixels, two CPU cores, one thread a process: run two, ``--share 0/2`` and ``1/2``.
-  Seconds of one core, measured on an AMD EPYC that was shared with others, so rather too many than too few: rendering
-  2,400 scenes 62; pre-training 103 (12,800 images); probes 53 (15, 18 and 20 by number of labels); fine-tuning depth 34
-  and classes 24 (1,920 images each), for each number of labels. 9 arms and 3 seeds take 62 + 24 x 103 + 27 x 53 + 81 x
-  (34 + 24) = 8,700, or 73 minutes of two cores.
-  Depth of the head "glp", which reads the last map alone, hardly got better than a constant in so few steps.
-* ``micro-dpt``: the same with a fourth stage, and the head "dpt", which reads all maps and needs four. Not timed.
-* ``small``: Swin of three stages, 128 pixels, one GPU, bf16; in slices, say ``--minutes 8``. It has not been timed:
+* ``micro``: Swin of four stages, 96 pixels, two CPU cores, one thread a process: run two, ``--share 0/2`` and ``1/2``.
+  What it took is in the rows, and what came of it in ``docs/claim.md``.
+* ``small``: Swin of four stages, 128 pixels, one GPU, bf16; in slices, say ``--minutes 8``. It has not been timed:
   look at ``--list`` after a few pieces, and name fewer ``--arms`` if it says too much. If the work folder is lost
   between slices, scenes and the weights that are still needed are made again. The stage "segmentation" needs
   segmentation-models-pytorch, which may be missing where torch and timm are.
@@ -61,8 +56,8 @@ from benchmarks.replicating.sizes import SIZES, Size, Variant
 from sgmim_fast.errors import UserError, one_line_errors
 
 RESULTS = harness.RESULTS / "replication.jsonl"
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
 WORK = Path("runs/replication")
+PAGES = WORK / "report"
 SEEDS = (0, 1, 2)
 
 
@@ -93,7 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--report", action="store_true", help="write plots and a table of the rows")
     what.add_argument("--figures", action="store_true", help="write pictures of predictions, features and spectra")
     parser.add_argument("--bootstrap", action="store_true", help="with --report: intervals over test images")
-    parser.add_argument("--images", type=Path, default=IMAGES, help="folder that pictures and the table go to")
+    parser.add_argument("--images", type=Path, default=PAGES, help="folder that pictures and the table go to")
     return parser.parse_args(arguments)
 
 
