@@ -20,8 +20,8 @@ of the kind it shows, whose figures are named "familiar ...". The arm "row-colou
 colour; its rows hold the constant and the truth on the grid, too.
 
 Rows go to ``benchmarks/results/replication.jsonl``, one a piece (arm, seed, stage, labels), and ``python -m
-benchmarks.report`` renders them. A piece that has a row with the fingerprint of its settings is not done again. Weights,
-scenes and figures of single test images are in ``--work``.
+benchmarks.report`` renders them. A piece that has a row with the fingerprint of its settings is not done again.
+Weights, scenes and figures of single test images are in ``--work``.
 On CPUs figures are the same again to the last digit on the same kind of machine; on GPUs they are not promised to be.
 
 Sizes (``replicating/sizes.py``):
