@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from benchmarks.recorded import Results
-from benchmarks.replicating.arms import ARMS, BASELINE, ROW_COLOUR
+from benchmarks.replicating.arms import ARMS, COMPARED, METHOD, ROW_COLOUR
 from benchmarks.replicating.pieces import BENCHMARK, Row
 from benchmarks.replicating.reporting import (
     baselines,
@@ -20,8 +20,6 @@ from benchmarks.replicating.statistics import FINETUNED, LEVEL, PROBED, Metric, 
 from benchmarks.tables import NOT_MEASURED, reproduce, table
 
 SIZE = SIZES["micro"]
-METHOD = "sgmim"
-COMPARED = ("scratch", BASELINE, METHOD)
 UNMEASURED = f"Size {SIZE.name}: {NOT_MEASURED}."
 COMMAND = f"python -m benchmarks.replication --size {SIZE.name}"
 MAIN = (

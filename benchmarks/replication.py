@@ -12,7 +12,8 @@ is tuned. ``--rate`` and ``--length`` choose other rates and numbers of steps fr
 each encoder is
 
 * probed (``sgmim_fast.probing``): linear and nearest-neighbour depth and classes, beside row and column;
-* fine-tuned: depth with the head "dpt", classes with UPerNet, by the package's tasks, layer decay and schedules.
+* fine-tuned: depth with the head "dpt", classes with UPerNet, by the package's tasks, layer decay and schedules. For
+  ablations that is done with the fewest labels alone, unless ``--labels`` asks for more.
 
 The labelled scenes are drawn by the seed and nested; every number of labels gets as many steps. Scored are scenes with
 textures, furniture and cameras that training never shows (``sgmim synth --split test``), and apart from them new scenes
@@ -41,7 +42,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.replicating.arms import ARMS, DEFAULT_ARMS, find_arm
+from benchmarks.replicating.arms import ARMS, COMPARED, DEFAULT_ARMS, find_arm
 from benchmarks.replicating.pieces import (
     STAGES,
     Piece,
@@ -75,7 +76,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
     parser.add_argument("--stages", nargs="+", choices=STAGES[1:], default=list(STAGES[1:]), help="after pre-training")
     parser.add_argument(
-        "--labels", nargs="+", type=int, metavar="N", help="labelled images (default: all the size has)"
+        "--labels",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="labelled images (default: all the size has; for fine-tuning ablations the fewest)",
     )
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the rate of pre-training, of a fixed grid")
     parser.add_argument("--length", type=float, default=1.0, help="factor of its steps, of a fixed grid")
@@ -113,8 +118,7 @@ def run(options: argparse.Namespace) -> None:
     for name, value, grid in (("rate", options.rate, size.lr_factors), ("length", options.length, size.lengths)):
         if value not in grid:
             raise UserError(f"--{name} {value:g} is not of the grid {', '.join(map(str, grid))}")
-    labels = size.labels if options.labels is None else options.labels
-    if unknown := [count for count in labels if count not in size.labels]:
+    if unknown := [count for count in options.labels or () if count not in size.labels]:
         raise UserError(
             f"--labels {unknown[0]} is not of size {size.name}, which has {', '.join(map(str, size.labels))}"
         )
@@ -123,11 +127,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))} must be 0 or more")
     arms, seeds = (list(dict.fromkeys(given)) for given in (options.arms, options.seeds))
     pieces = share_of(pieces_of(size, arms, seeds, variant), *options.share)
-    pieces = [
-        piece
-        for piece in pieces
-        if piece.stage == "pretrain" or (piece.stage in options.stages and piece.labels in labels)
-    ]
+    pieces = [piece for piece in pieces if wanted(piece, size, options.stages, options.labels)]
     if options.list:
         list_pieces(size, pieces, options.output)
     elif options.report:
@@ -146,6 +146,17 @@ def run(options: argparse.Namespace) -> None:
         runner = Runner(size, options.work, options.output, options.workers, say)
         left = runner.run(pieces, options.minutes)
         say(f"{left} pieces left; the same command goes on" if left else "nothing is left to do")
+
+
+def wanted(piece: Piece, size: Size, stages: Sequence[str], labels: Sequence[int] | None) -> bool:
+    """Whether a piece is asked for. Unless ``labels`` says more, ablations are fine-tuned with the fewest alone."""
+    if piece.stage == "pretrain":
+        return True
+    if piece.stage not in stages:
+        return False
+    if labels is not None:
+        return piece.labels in labels
+    return piece.stage == "probe" or piece.arm in COMPARED or piece.labels == size.labels[0]
 
 
 def list_pieces(size: Size, pieces: Sequence[Piece], output: Path) -> None:

@@ -351,6 +351,12 @@ def test_the_list_says_what_is_done(rows: list[Row], work: Path, capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[1].rstrip(":") for line in lines[:-1]]
     assert names == ["sgmim-0-pretrain", "sgmim-0-depth-8", "sgmim-0-depth-24"]
+    ablation = ["--size", "smoke", "--arms", "fourth-channel", "--seeds", "0", "--stages", "depth", "--list"]
+    replication.run(replication.parse([*ablation, "--output", str(work / "none.jsonl")]))
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:-1]] == [
+        "fourth-channel-0-pretrain:",
+        "fourth-channel-0-depth-8:",
+    ]
     replication.run(replication.parse([*chosen, "--labels", "24", "--output", str(work / "none.jsonl")]))
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:-1]] == [
         "sgmim-0-pretrain:",

@@ -118,6 +118,9 @@ ARMS = {
 DEFAULT_ARMS = tuple(ARMS)[:9]
 BASELINE = "simmim"
 """What every arm is held against."""
+METHOD = "sgmim"
+COMPARED = ("scratch", BASELINE, METHOD)
+"""The others are its ablations."""
 ROW_COLOUR = "row-colour"
 """No arm: row, column and mean colour of a token, probed like an encoder's features."""
 
