@@ -88,7 +88,8 @@ def _panel(panel: Panel, left: float, top: float) -> str:
     bounds = [point.y + sign * (point.spread or 0) for point in points for sign in (-1, 1)]
     ticks = nice_ticks(min(bounds), max(bounds))
     place = math.log if panel.scale == "log" else float
-    xs = [place(point.x) for point in points]
+    x_ticks = panel.ticks or sorted({point.x for point in points})
+    xs = [place(x) for x in (*(point.x for point in points), *x_ticks)]
     low, high = min(xs), max(xs)
     inner_width, inner_height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
@@ -103,7 +104,7 @@ def _panel(panel: Panel, left: float, top: float) -> str:
     for tick in ticks:
         out.append(f'<path d="M{_LEFT} {down(tick):.1f}H{_WIDTH - _RIGHT}" stroke="#ddd"/>')
         out.append(f'<text x="{_LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
-    for tick in panel.ticks or sorted({point.x for point in points}):
+    for tick in x_ticks:
         out.append(f'<text x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{tick:,.6g}</text>')
     middle = _LEFT + inner_width / 2
     out.append(f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(panel.x_label)}</text>')

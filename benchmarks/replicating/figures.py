@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def write_figures(runner: Runner, arms: Sequence[str], seed: int, variant: Varia
     features = {arm: feature_maps(runner, weights, SPECTRUM_SCENES) for arm, weights in found.items()}
     columns = [Column("image", [image_picture(sample.image) for sample in _samples(runner, "depth", SHOWN)])]
     for arm, weights in found.items():
-        colours = component_colours([maps[-1] for maps in feature_maps(runner, weights, SHOWN)])
+        colours = component_colours([joint_map(maps) for maps in feature_maps(runner, weights, SHOWN)])
         columns.append(Column(arm, [_bytes(values) for values in colours]))
     written.append(folder / "claim_features.png")
     sheet(columns).save(written[-1])
@@ -73,6 +74,18 @@ def feature_maps(runner: Runner, weights: Weights, count: int) -> list[list[Tens
             [values[0].float().cpu() for values in backbone(sample.image[None].to(runner.size.device))]
             for sample in _samples(runner, "depth", count)
         ]
+
+
+def joint_map(maps: Sequence[Tensor]) -> Tensor:
+    """Maps (C, h, w) of one image side by side on the grid of the second, 8 pixels a token, as probes have them."""
+    grid = maps[1].shape[-2:]
+    return torch.cat([_on_grid(values[None], grid)[0] for values in maps])
+
+
+def _on_grid(values: Tensor, grid: torch.Size) -> Tensor:
+    if values.shape[-1] >= grid[-1]:
+        return F.adaptive_avg_pool2d(values, list(grid))
+    return F.interpolate(values, size=grid, mode="bilinear", align_corners=False)
 
 
 def spectra(features: dict[str, list[list[Tensor]]]) -> str:

@@ -23,10 +23,11 @@ def principal_components(tokens: Tensor, count: int = 3) -> tuple[Tensor, Tensor
 def component_colours(maps: list[Tensor]) -> list[Tensor]:
     """Maps (C, h, w) of some images as colours (3, h, w) in 0..1: their three principal components together.
 
-    Components are computed over all maps and stretched from their 2nd to their 98th percentile, so that a colour means
-    the same in all of them.
+    Channels are brought to mean 0 and deviation 1. Components are computed over all maps and stretched from their 2nd
+    to their 98th percentile, so that a colour means the same in all of them.
     """
     tokens = torch.cat([values.flatten(1).T for values in maps]).double()
+    tokens = (tokens - tokens.mean(0)) / tokens.std(0).clamp(min=1e-12)
     mean, directions = principal_components(tokens)
     projected = (tokens - mean) @ directions
     low, high = (torch.quantile(projected, share, dim=0) for share in (0.02, 0.98))
