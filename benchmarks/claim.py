@@ -172,8 +172,8 @@ def labels(results: Results) -> str | None:
 
 
 def losses(results: Results) -> str | None:
-    """Over pre-training."""
-    rows = [row for row in recorded(results) if row["figures"].get("curve")]
+    """Over pre-training, of the arms whose two losses weigh the same."""
+    rows = [row for row in recorded(results) if row["figures"].get("curve") and "weight" not in row["arm"]]
     return pretraining_curves(rows) if rows else None
 
 

@@ -27,7 +27,15 @@ from benchmarks.replicating.statistics import (
 from sgmim_fast.errors import UserError
 from sgmim_fast.tasks.depth_metrics import DEPTH_METRICS
 
-_PLOTTED = ("linear depth SILog", "linear mIoU", "fine-tuned depth RMSE", "fine-tuned depth SILog", "fine-tuned mIoU")
+_PLOTTED = (
+    "linear depth SILog",
+    "k-NN depth SILog",
+    "linear mIoU",
+    "k-NN mIoU",
+    "fine-tuned depth RMSE",
+    "fine-tuned depth SILog",
+    "fine-tuned mIoU",
+)
 RMSE = DEPTH_METRICS.index("rmse")
 _ORDER = (*ARMS, ROW_COLOUR)
 
@@ -94,8 +102,9 @@ def length_curves(rows: Sequence[Row], size: Size, variant: Variant) -> str | No
             for summary in summarise(own, [metric]):
                 if summary.labels == size.labels[0] and summary.arm in ARMS and summary.arm != "scratch":
                     lines.setdefault(summary.arm, []).append(Point(steps, summary.mean, summary.deviation))
+        lines = {arm: points for arm, points in lines.items() if len(points) > 1}
         panels.append(Panel(f"{metric.label}, {size.labels[0]} labels", "steps of pre-training", lines))
-    return render_panels(panels)
+    return render_panels(panels, columns=3)
 
 
 def _plotted() -> list[Metric]:
@@ -116,7 +125,7 @@ def label_efficiency(rows: Sequence[Row]) -> str:
         }
         title = f"{metric.label} ({metric.better} is better)"
         panels.append(Panel(title, "labelled images", {arm: line for arm, line in lines.items() if line}))
-    return render_panels(panels)
+    return render_panels(panels, columns=3)
 
 
 def pretraining_curves(rows: Sequence[Row]) -> str:
