@@ -12,8 +12,9 @@ is tuned. ``--rate`` and ``--length`` choose other rates and numbers of steps fr
 each encoder is
 
 * probed (``sgmim_fast.probing``): linear and nearest-neighbour depth and classes, beside row and column;
-* fine-tuned: depth with the head "dpt", classes with UPerNet, by the package's tasks, layer decay and schedules. For
-  ablations that is done with the fewest labels alone, unless ``--labels`` asks for more.
+* fine-tuned: depth with the head "dpt", classes with UPerNet, by the package's tasks, layer decay and schedules.
+
+Ablations are judged with the fewest labels alone, unless ``--labels`` asks for more.
 
 The labelled scenes are drawn by the seed and nested; every number of labels gets as many steps. Scored are scenes with
 textures, furniture and cameras that training never shows (``sgmim synth --split test``), and apart from them new scenes
@@ -42,7 +43,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.replicating.arms import ARMS, COMPARED, DEFAULT_ARMS, find_arm
+from benchmarks.replicating.arms import ARMS, COMPARED, DEFAULT_ARMS, ROW_COLOUR, find_arm
 from benchmarks.replicating.pieces import (
     STAGES,
     Piece,
@@ -80,7 +81,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         type=int,
         metavar="N",
-        help="labelled images (default: all the size has; for fine-tuning ablations the fewest)",
+        help="labelled images (default: all the size has; for ablations the fewest)",
     )
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the rate of pre-training, of a fixed grid")
     parser.add_argument("--length", type=float, default=1.0, help="factor of its steps, of a fixed grid")
@@ -149,14 +150,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def wanted(piece: Piece, size: Size, stages: Sequence[str], labels: Sequence[int] | None) -> bool:
-    """Whether a piece is asked for. Unless ``labels`` says more, ablations are fine-tuned with the fewest alone."""
+    """Whether a piece is asked for. Unless ``labels`` says more, ablations are judged with the fewest alone."""
     if piece.stage == "pretrain":
         return True
     if piece.stage not in stages:
         return False
     if labels is not None:
         return piece.labels in labels
-    return piece.stage == "probe" or piece.arm in COMPARED or piece.labels == size.labels[0]
+    return piece.arm in (*COMPARED, ROW_COLOUR) or piece.labels == size.labels[0]
 
 
 def list_pieces(size: Size, pieces: Sequence[Piece], output: Path) -> None:
