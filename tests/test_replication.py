@@ -16,18 +16,15 @@ from benchmarks import replication
 from benchmarks.replicating import running, statistics
 from benchmarks.replicating.arms import ARMS, DEFAULT_ARMS, encoder_of, find_arm, initial_encoder, make_task
 from benchmarks.replicating.figures import write_figures
-from benchmarks.replicating.looking import component_colours, relative_log_amplitudes
 from benchmarks.replicating.pieces import Piece, Row, fingerprint, piece_of, pieces_of, read_rows, share_of
 from benchmarks.replicating.reporting import length_curves, write_report
 from benchmarks.replicating.running import Runner
 from benchmarks.replicating.scenes import DenseScenes, SceneFolders, render, set_of
-from benchmarks.replicating.sizes import SIZES, USUAL, Size, Variant
-from benchmarks.replicating.stages import finetune, make_backbone, pretrain, pretrain_batches
+from benchmarks.replicating.sizes import SIZES, USUAL, Variant
+from benchmarks.replicating.stages import finetune, pretrain, pretrain_batches
 from benchmarks.replicating.stepping import Stepper
 from sgmim_fast.config import OptimizerConfig
 from sgmim_fast.errors import UserError
-from sgmim_fast.tasks.finetuned import backbone_options
-from sgmim_fast.tasks.finetuned import make_task as make_dense_task
 
 SMOKE = replace(SIZES["smoke"], labels=(8,))
 PRETRAINED = [name for name, arm in ARMS.items() if arm.kind is not None]
@@ -367,32 +364,6 @@ def test_the_list_says_what_is_done(rows: list[Row], work: Path, capsys: pytest.
 # -- what rows say
 
 
-def test_paired_differences_by_hand() -> None:
-    gap = statistics.paired_difference({0: 1.0, 1: 2.0, 2: 4.0, 9: 0.0}, {0: 0.5, 1: 1.0, 2: 2.5, 7: 1.0})
-    assert gap is not None
-    assert gap.seeds == 3
-    assert gap.mean == pytest.approx(1.0)
-    assert gap.interval is not None
-    reach = 4.302653 * 0.5 / math.sqrt(3)  # Student's t of two degrees, standard deviation of 0.5, 1 and 1.5
-    assert gap.interval == pytest.approx((1 - reach, 1 + reach), abs=1e-5)
-    assert statistics.paired_difference({0: 1.0}, {1: 1.0}) is None
-    for freedom, value in ((1, 12.70620), (3, 3.182446), (4, 2.776445), (9, 2.262157), (30, 2.042272)):
-        assert statistics.student_quantile(0.975, freedom) == pytest.approx(value, abs=1e-5)
-
-
-def test_bootstrap_over_images() -> None:
-    rng = np.random.default_rng(0)
-    base = np.zeros((200, 11))
-    base[:, 5], base[:, -2] = rng.normal(2, 0.5, 200), 1
-    better = base.copy()
-    better[:, 5] -= rng.normal(0.2, 0.1, 200)
-    low, high = statistics.bootstrap_difference([better], [base], statistics.depth_figure(5), draws=200)
-    assert low < -0.2 < high < 0
-    counts = np.zeros((3, 2, 2))
-    counts[0], counts[1] = [[3, 1], [0, 0]], [[0, 0], [2, 2]]
-    assert statistics.mean_iou(counts) == pytest.approx((3 / 6 + 2 / 5) / 2)
-
-
 def test_figures_of_single_images_add_up_to_those_of_rows(rows: list[Row], work: Path) -> None:
     runner = Runner(SMOKE, work, work / "rows.jsonl", 1, quiet)
     by_stage = {row["stage"]: row["figures"] for row in rows if row["arm"] == "sgmim" and row["seed"] == 0}
@@ -441,46 +412,3 @@ def test_lengths_are_drawn_over_steps(rows: list[Row], tmp_path: Path) -> None:
     stale = replace(SMOKE, pretrain_steps=7)
     with pytest.raises(UserError, match="no rows of size smoke, as its settings are now"):
         write_report([row for row in rows if row["arm"] != "row-colour"], stale, USUAL, tmp_path)
-
-
-def test_spectrum_of_known_maps() -> None:
-    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    wave = 1 + 0.5 * torch.cos(2 * math.pi * 4 * (x + y) / 16)
-    frequencies, amplitudes = relative_log_amplitudes([wave[None]])
-    assert frequencies == [number / 8 for number in range(9)]
-    assert amplitudes[0] == 0
-    assert amplitudes[4] == pytest.approx(math.log(0.25), abs=1e-6)
-    assert max(amplitudes[1:4] + amplitudes[5:]) < -10
-    with pytest.raises(ValueError, match="square"):
-        relative_log_amplitudes([torch.zeros(1, 4, 6)])
-
-
-def test_components_of_known_tokens() -> None:
-    generator = torch.Generator().manual_seed(0)
-    strong, weak = torch.randn(2, 1, 8, 8, generator=generator)
-    # What two channels share is the first component, however small the one of them is.
-    maps = [torch.cat([weak, sign * 10 * strong, sign * 0.01 * strong]) for sign in (1, -1)]
-    one, other = component_colours(maps)
-    assert one.shape == (3, 8, 8)
-    assert 0 <= float(one.min()) <= float(one.max()) <= 1
-    assert torch.corrcoef(torch.stack([one[0].flatten(), strong.flatten().double()]))[0, 1] > 0.9
-    assert torch.corrcoef(torch.stack([other[0].flatten(), strong.flatten().double()]))[0, 1] < -0.9
-
-
-def test_sizes_leave_nothing_to_chance() -> None:
-    assert isinstance(SIZES["micro"], Size)
-    for size in SIZES.values():
-        assert max(size.labels) <= size.scenes
-        assert 1.0 in size.lr_factors
-
-
-@pytest.mark.parametrize("name", list(SIZES))
-def test_models_and_heads_of_every_size_fit_each_other(name: str) -> None:
-    size = SIZES[name]
-    weights = encoder_of(make_task(ARMS["sgmim"], size.model, 0))
-    image = torch.zeros(1, 3, *size.model.hw)
-    with torch.no_grad():
-        for head, channels in ((size.depth, 1), (size.segmentation, size.segmentation.classes)):
-            backbone = make_backbone(size, weights, **backbone_options(head))
-            task = make_dense_task(backbone, head).eval()
-            assert task.predict(image).shape == (1, channels, *size.model.hw)

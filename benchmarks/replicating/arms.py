@@ -18,26 +18,40 @@ from sgmim_fast.models.layers import PixelHead
 from sgmim_fast.models.sgmim import SGMIM, PretrainOutput
 
 
-class SameCells(SGMIM):
+class OtherCells(SGMIM):
+    """The method with the map given, or asked for, at other cells than the complement of the image's."""
+
+    def given(self, mask: Tensor) -> Tensor:
+        """Cells (B, Gh, Gw) at which the map is given, by those at which the image is masked."""
+        return mask
+
+    def asked(self, mask: Tensor) -> Tensor:
+        """Cells at which its prediction counts."""
+        return ~mask
+
+    def _plain(self, image: Tensor, structure: Tensor | None, mask: Tensor, masked: Tensor | None) -> PretrainOutput:
+        assert structure is not None
+        z = self.encoder(image, mask)
+        image_loss = reference.pixel_l1(self._pixels(z, self.image_head), self._image_target(image), mask)
+        prediction = self._pixels(self._guided(z, structure, self.given(mask)), self.dep_decoder)
+        return self._total(image_loss, reference.pixel_l1(prediction, structure, self.asked(mask)))
+
+
+class SameCells(OtherCells):
     """The map is given where the image is visible, and both are predicted where the image is masked."""
 
-    def _plain(self, image: Tensor, structure: Tensor | None, mask: Tensor, masked: Tensor | None) -> PretrainOutput:
-        assert structure is not None
-        z = self.encoder(image, mask)
-        image_loss = reference.pixel_l1(self._pixels(z, self.image_head), self._image_target(image), mask)
-        prediction = self._pixels(self._guided(z, structure, ~mask), self.dep_decoder)
-        return self._total(image_loss, reference.pixel_l1(prediction, structure, mask))
+    def given(self, mask: Tensor) -> Tensor:
+        return ~mask
+
+    def asked(self, mask: Tensor) -> Tensor:
+        return mask
 
 
-class LossEverywhere(SGMIM):
+class LossEverywhere(OtherCells):
     """The map is given where the image is masked, and must be said everywhere, there too."""
 
-    def _plain(self, image: Tensor, structure: Tensor | None, mask: Tensor, masked: Tensor | None) -> PretrainOutput:
-        assert structure is not None
-        z = self.encoder(image, mask)
-        image_loss = reference.pixel_l1(self._pixels(z, self.image_head), self._image_target(image), mask)
-        prediction = self._pixels(self._guided(z, structure, mask, masked), self.dep_decoder)
-        return self._total(image_loss, reference.pixel_l1(prediction, structure, torch.ones_like(mask)))
+    def asked(self, mask: Tensor) -> Tensor:
+        return torch.ones_like(mask)
 
 
 class FourthChannel(SGMIM):
