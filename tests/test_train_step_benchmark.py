@@ -1,8 +1,10 @@
 """The benchmark of the training step and of its optimizers: what it measures, and what it makes of what goes wrong."""
 
 import argparse
+import contextlib
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -395,6 +397,28 @@ def test_time_that_is_over_ends_a_compilation() -> None:
         pytest.fail("there was no time")
     with deadline.Deadline(None).limit():
         assert deadline.Deadline(None).left() == float("inf")
+
+
+def test_time_that_is_over_is_neither_swallowed_nor_an_error_of_the_compiler() -> None:
+    """Compilers take an error for a choice that does not work, or wrap it."""
+
+    def swallows() -> None:
+        for _ in itertools.repeat(None):
+            with contextlib.suppress(Exception):
+                time.sleep(0.01)
+
+    def wraps() -> None:
+        try:
+            time.sleep(5.0)
+        except BaseException as error:
+            raise RuntimeError("the compiler is broken") from error
+
+    for compiler in (swallows, wraps):
+        limited = deadline.Deadline(0.05)
+        with pytest.raises(deadline.NotReadyError, match="not ready after 0 s"), limited.limit(reserve=0.0):
+            compiler()
+    with pytest.raises(RuntimeError, match="at once"), deadline.Deadline(60.0).limit():
+        raise RuntimeError("at once")
 
 
 def test_turns_end_with_the_time_and_without_arms_that_fail() -> None:
