@@ -39,6 +39,7 @@ from benchmarks import harness
 from benchmarks.clocks import clock_of
 from benchmarks.deadline import Deadline
 from benchmarks.optimizers import NAMES as OPTIMIZERS
+from benchmarks.processes import ROOT, end_with_parent
 from benchmarks.step_arms import PRECISIONS, Runner, Variant, build, release
 from benchmarks.step_turns import is_out_of_memory, reason_of
 from sgmim_fast.errors import UserError, one_line_errors
@@ -168,7 +169,8 @@ def ask_child(variant: Variant, budget: float, deadline: Deadline) -> Row:
             command,
             stdout=subprocess.PIPE,
             timeout=None if seconds == float("inf") else seconds,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
+            preexec_fn=end_with_parent,
         )
     except subprocess.TimeoutExpired:
         return {"reason": f"it was not ready after {seconds:.0f} s, all that --seconds left"}

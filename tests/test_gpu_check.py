@@ -1,6 +1,7 @@
 """The check on a GPU, as far as it can be tried without one: what is demanded, its slices, and that it goes on."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -255,6 +256,35 @@ def test_commands_are_stopped_with_their_children(tmp_path: Path, monkeypatch: p
     child = Path("/proc", (tmp_path / "child").read_text().strip())
     assert ends(child)
     assert gpu_check.finished("test", ["bash", "-c", "exit 3"], 20.0) == 3
+
+
+def test_a_command_leaves_nothing_running_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.0)
+    assert gpu_check.finished("test", ["bash", "-c", f"sleep 60 & echo $! > {tmp_path}/child"], 20.0) == 0
+    assert ends(Path("/proc", (tmp_path / "child").read_text().strip()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_check_has_started_ends_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    script = (
+        "from benchmarks import gpu_check, processes\n"
+        "processes.leave_in_order()\n"
+        f"gpu_check.finished('test', ['bash', '-c', 'echo $$ > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/child; "
+        "sleep 60'], 60.0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "child").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child = Path("/proc", (tmp_path / "child").read_text().strip())
+        assert (child / "status").exists()
+        process.send_signal(number)
+        assert process.wait(20) == (143 if number == signal.SIGTERM else -number)
+        assert ends(child)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def ends(process: Path, seconds: float = 20.0) -> bool:
