@@ -103,12 +103,36 @@ def test_measure_makes_few_runs_of_what_is_slow_and_many_of_what_is_fast() -> No
     assert harness.FEWEST_RUNS < runs(0.02) < harness.MOST_RUNS
 
 
-def test_inputs_outgrow_the_cache() -> None:
-    for size in (1 << 20, 50 << 20, 1 << 30):
-        assert (harness.input_sets(size, 60 << 20) - 1) * size >= 2 * (60 << 20) or harness.input_sets(
-            size, 60 << 20
-        ) == 64
-    assert harness.input_sets(1, 60 << 20) == 64
+def test_inputs_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their number, or, where they are too small for that, because something else is read in between."""
+    held = 6 << 20
+    monkeypatch.setattr(harness, "l2_bytes", lambda device: held)
+    for size in (1, 10_000, 200_000, 1 << 20, 5 << 20, 1 << 30):
+        sets, evict = harness.input_sets(size, held), harness.evictor(size, torch.device("cpu"))
+        assert 2 <= sets <= harness.MOST_SETS
+        assert ((sets - 1) * size >= 2 * held) == (evict is None)
+        if evict is not None:
+            assert sets == harness.MOST_SETS
+            assert evict.args[0].nbytes == 2 * held
+            assert evict().item() == 0.0
+    monkeypatch.setattr(harness, "l2_bytes", lambda device: 0)
+    assert harness.evictor(1, torch.device("cpu")) is None
+
+
+def test_what_empties_the_cache_is_not_timed() -> None:
+    clock, order = MadeUpClock(), list[str]()
+
+    def evict() -> None:
+        order.append("evict")
+        clock.work(5.0)
+
+    def call(number: int) -> None:
+        order.append("call")
+        clock.work(1.0)
+
+    times = harness.measure(call, seconds=0.0, clock=clock, evict=evict)
+    assert (times.p20, times.p80) == (1.0, 1.0)
+    assert order[-2 * times.runs :] == ["evict", "call"] * times.runs
 
 
 def test_a_smoke_run_measures_once() -> None:
