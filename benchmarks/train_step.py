@@ -159,7 +159,7 @@ def compare_at(
         assert truth is not None, "an arm ran"
         row = finished_row(options, size, arms, name, truth, flops, ceilings)
         if not options.no_parts:
-            row |= where_time_goes(arms[name])
+            row |= where_time_goes(arms[name], deadline)
         rows.append(row)
         print(line_of(row), flush=True)
     return failed
@@ -198,8 +198,11 @@ def ready(
     return arms, truth, reasons
 
 
-def where_time_goes(arm: Arm) -> dict[str, Any]:
-    """What the profiler tells of one step more; a profiler that fails leaves the times as they are."""
+def where_time_goes(arm: Arm, deadline: Deadline) -> dict[str, Any]:
+    """What the profiler tells of one step more; a profiler that fails, or has no time left, leaves the times as they
+    are."""
+    if deadline.left() <= 0:
+        return {"parts": None, "parts_failed": "the time given by --seconds is over"}
     try:
         found = profiled(arm.runner)
     except Exception as error:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bars, gpu_check, memcheck
+from benchmarks import bars, gpu_check, memcheck, pipeline
 from benchmarks.rows import Rows, read
 from benchmarks.slices import RESULT_FILES, SLICES, Slice, Step
 
@@ -166,6 +166,16 @@ def test_slices_fit_into_the_time() -> None:
     assert {step.file for one in SLICES for step in one.steps} <= set(RESULT_FILES)
     listed = gpu_check.listing().splitlines()
     assert [line.split()[0] for line in listed] == [*(one.name for one in SLICES), "all"]
+
+
+def test_the_pipeline_has_time_for_its_turns() -> None:
+    """It begins no arm whose turns do not fit any more."""
+    steps = [step for one in SLICES for step in one.steps if step.module == "pipeline"]
+    assert steps
+    for step in steps:
+        options = pipeline.arguments().parse_args(step.words)
+        turns = pipeline.turns_seconds(options)
+        assert turns < (step.seconds - gpu_check.LEAST_SECONDS) / 2, "the rest is for making it ready"
 
 
 @pytest.mark.parametrize("words", ["words", "smoke"])
