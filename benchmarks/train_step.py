@@ -21,8 +21,9 @@ Rows of ``benchmarks/results/train_step.jsonl``, each with its environment. "ben
     steps, steps_a_turn           turns of the arm, and steps in each
     ready_seconds                 until the arm was warm, compilation included
     p20_, p50_, p80_seconds       forward and backward pass; images_per_second = batch / p50_seconds
-    forward_, backward_, update_, step_p50_seconds    parts, and the whole step: passes, clipping, optimizer, new
-                                  weights in the model's type; training_images_per_second = batch / step_p50_seconds
+    forward_, backward_, update_p50_seconds    parts
+    step_p20_, step_p50_, step_p80_seconds     the whole step: passes, clipping, optimizer, new weights in the model's
+                                  type; training_images_per_second = batch / step_p50_seconds
     p50_time_ratio, yardstick     median of each step's time over its neighbour's of the first arm that ran
     ratios, step_ratios           the same against each arm of backend "reference", passes alone and whole steps
     activation_bytes              what forward keeps for backward; None with CUDA graphs, whose pool hides it
