@@ -13,6 +13,9 @@ CHEAP = ("--implementations", "triton", "plain", "sdpa", "xformers", "dense", "c
 BF16 = ("--precision", "bf16", "--batch", "128")
 SMALL = ("--override", "image_size=64", "embed_dim=8", "depths=(1,1,1,1)", "num_heads=(1,1,1,1)", "window_size=4")
 SIZES = ("--precision", "bf16", "--batch", "32", "256", "512")
+MODEL_ARMS = ("reference", "triton", "reference+compile", "triton+compile")
+PEER_MODEL = "simmim_swin_base"
+"""timm's encoders have no guidance, so they are held against the model without it."""
 EAGER_ARMS = ("--backends", "reference", "triton")
 ON_CPU = ("--device", "cpu")
 COMPILED_ARMS = ("reference", "triton+compile", "reference+compile", "triton+graphs")
@@ -95,6 +98,7 @@ def _every_slice() -> tuple[Slice, ...]:
     )
     images = ("--backends", "torch", *SMALL, "--batch", "2", "--workers", "0", *ON_CPU)
     scenes = ("--pairs", "512", "--turn-seconds", "2")
+    peer = ("--model", PEER_MODEL, *plain, "--backends", "torch", "timm")
     few = (*images, "--pairs", "4", "--size", "64", "--turn-seconds", "0.1", "--repetitions", "1")
     third = Slice(
         "runs",
@@ -104,23 +108,23 @@ def _every_slice() -> tuple[Slice, ...]:
             Step("parity", "parity", "parity", (), 100, (*images, "--steps", "3", "--last", "2", "--pairs", "6")),
             Step("data", "pipeline", "pipeline", (*BF16, "--backends", "triton", *scenes), 80, few),
             Step("largest batch", "largest_batch", "largest_batch", ("--memory-budget", "141", "80", "24"), 120),
-            steps("timm's encoder", 60, "simmim_swin_base", "reference", "timm", "triton", "timm+compile"),
+            steps("timm's encoder", 60, PEER_MODEL, "reference", "timm", "triton", "timm+compile", smoke=peer),
             Step("step, other batches", "train_step", "train_step", (*SIZES, *EAGER_ARMS, "--no-parts"), 70),
         ),
     )
     fourth = Slice(
         "models",
         "the training step of the other models",
-        4.5,
+        4.4,
         tuple(
-            steps(f"step of {model}", 120, model, "reference", "triton", "reference+compile", "triton+compile")
-            for model in bars.MODELS
+            steps(f"step of {model}", 120, model, *MODEL_ARMS, smoke=("--model", model, *plain) if number == 0 else ())
+            for number, model in enumerate(bars.MODELS)
         ),
     )
     fifth = Slice(
         "others",
         "memory accesses, other shapes, batch sizes and peers of the kernels, matrix products, optimizers",
-        2.0,
+        1.9,
         (
             Step("memory accesses", "memcheck", "gpu_check", (), 45),
             Step("matrix products", "products", "products", (), 30, ("--smoke",)),

@@ -88,6 +88,7 @@ def finished_row(
     if ceilings is not None:
         row |= {"ceilings": ceilings.row(), "share_of_matrix": flops / p50 / ceilings.matrix}
         row |= {"step_share_of_matrix": flops / step / ceilings.matrix} | datasheet_shares(options, flops, p50, step)
+        row["step_share_of_products"] = flops / step / ceilings.products if ceilings.products else None
     return row
 
 

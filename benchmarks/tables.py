@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from benchmarks import bars
 from benchmarks.recorded import SKIPPED_KEYS, WORDS, Results, arm_of, commands, model_name
 from benchmarks.rows import Row, newest
+from benchmarks.slices import PEER_MODEL
 
 NOT_MEASURED = "not measured"
 GPU_ARMS = (
@@ -18,8 +19,7 @@ GPU_ARMS = (
     "triton+graphs",
 )
 MAIN_ARMS = ("reference", "reference+compile", "triton", "triton+compile")
-PEER_MODEL, PEER_ARMS = "simmim_swin_base", ("reference", "timm", "timm+compile", "triton")
-"""timm's encoders have no guidance, so they are held against the model without it."""
+PEER_ARMS = ("reference", "timm", "timm+compile", "triton")
 MEASURE_STEPS = "make gpu-check SLICE=step"
 
 
@@ -128,13 +128,18 @@ def _gpu_steps(results: Results, gpu: str, wanted: Sequence[tuple[str, str]]) ->
                 against(row, "reference"),
                 against(row, "reference+compile"),
                 f"{row['step_memory_bytes'] / 1e9:.2f} GB",
-                f"{row['step_share_of_matrix']:.0%}",
+                _shares(row),
             )
         )
     titles = ("model", "arm", "step (p20 / p50 / p80)", "both passes", "images/s", "faster than `reference`",
-              "than `reference+compile`", "memory of the passes", "of the matrix rate")  # fmt: skip
+              "than `reference+compile`", "memory of the passes", "of the matrix rate (of its shapes')")  # fmt: skip
     place = where(used) if used else [f"{gpu}, bf16, batch 128: {NOT_MEASURED}. To measure:"]
     return [*place, "", *table(titles, lines), *reproduce(used, MEASURE_STEPS)]
+
+
+def _shares(row: Row) -> str:
+    own = row["step_share_of_products"]
+    return f"{row['step_share_of_matrix']:.0%}" + ("" if own is None else f" ({own:.0%})")
 
 
 def _of(rows: Sequence[Row], model: str, arm: str) -> Row | None:

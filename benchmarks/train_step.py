@@ -36,6 +36,7 @@ Rows of ``benchmarks/results/train_step.jsonl``, each with its environment. "ben
     ceilings, share_of_matrix, share_of_datasheet     on a GPU: model_flops / p50_seconds against a large product
                                   measured in this run, and against the data sheet's dense peak (None if unknown)
     step_share_of_matrix, step_share_of_datasheet     the same of the whole step
+    step_share_of_products        against the bf16 products of this step measured one by one in this run
     parts, parts_by, device_busy_seconds, kernel_launches, graph_launches, top_kernels    see step_profile
     cuda_graphs                   of arms that ask for them: whether a step ran as graphs
     cuda_graph_skips              how many graphs of the compiled program could not
@@ -46,6 +47,7 @@ Rows of ``benchmarks/results/train_step.jsonl``, each with its environment. "ben
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,11 +58,12 @@ from benchmarks import harness
 from benchmarks.deadline import Deadline
 from benchmarks.harness import Ceilings, Rows
 from benchmarks.optimizers import NAMES as OPTIMIZERS
-from benchmarks.step_arms import PRECISIONS, Runner, Variant, build, release
+from benchmarks.products import measure_products
+from benchmarks.step_arms import PRECISIONS, Runner, Variant, build, create, release
 from benchmarks.step_parity import Result, truth_of
 from benchmarks.step_profile import profiled
 from benchmarks.step_rows import finished_row, line_of, model_flops, skipped_row
-from benchmarks.step_turns import Arm, peak_of_this_process, prepare, reason_of, take_turns
+from benchmarks.step_turns import Arm, is_out_of_memory, peak_of_this_process, prepare, reason_of, take_turns
 from sgmim_fast.errors import UserError, one_line_errors
 
 RESULTS = harness.RESULTS / "train_step.jsonl"
@@ -150,6 +153,8 @@ def compare_at(
         rows.append(skipped_row(options, size, Variant.parse(name), reason))
         print(f"{options.model} {name}, batch {size}: failed: {reason}", flush=True)
 
+    if ceilings is not None:
+        ceilings = replace(ceilings, products=products_rate(options, size, device))
     arms, truth, reasons = ready(size, options, device, deadline)
     reasons |= take_turns(arms, options.steps, options.burst, deadline)
     for name, reason in reasons.items():
@@ -164,6 +169,20 @@ def compare_at(
         rows.append(row)
         print(line_of(row), flush=True)
     return failed
+
+
+def products_rate(options: argparse.Namespace, size: int, device: torch.device) -> float | None:
+    """FLOP/s of the bf16 products of this model's step, one by one; None where their operands do not fit."""
+    with torch.device("meta"):
+        config = create(options).config
+    try:
+        return measure_products(config, size, device, seconds=0.005)[0]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        release(device)
 
 
 def ready(

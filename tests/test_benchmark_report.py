@@ -47,6 +47,7 @@ def step(arm: str, seconds: float, **more: Any) -> Row:
             "training_images_per_second": more.get("batch", 128) / seconds,
             "step_ratios": {"reference": seconds / 0.3},
             "step_share_of_matrix": 0.05 / seconds,
+            "step_share_of_products": None if arm == "torch" else 0.06 / seconds,
         },
         **{"step_memory_bytes": 10**10, "ceilings": CEILINGS},
     }
@@ -162,6 +163,7 @@ def test_steps_of_a_gpu(tmp_path: Path) -> None:
         step("triton", 9.0),
         step("triton", 0.1),  # the newer one
         step("reference", 0.4),
+        step("torch", 0.4),
         step("triton+compile", 0.01, batch=32),
         step("triton+compile", 0.01, smoke=True),
         step("triton", 0.01, environment=H200 | {"gpu": "NVIDIA A100"}),
@@ -169,7 +171,7 @@ def test_steps_of_a_gpu(tmp_path: Path) -> None:
     lines = tables.main_steps(found)
     assert lines[0] == ("Measured in bf16 on NVIDIA H200 (driver 580.1), torch 2.11.0, Triton 3.6.0, commit 0123456.")
     assert (
-        "| Swin-B, 192 px | `triton` | 90.0 / 100.0 / 110.0 ms | 90.0 ms | 1,280 | x 3.00 |  | 10.00 GB | 50% |"
+        "| Swin-B, 192 px | `triton` | 90.0 / 100.0 / 110.0 ms | 90.0 ms | 1,280 | x 3.00 |  | 10.00 GB | 50% (60%) |"
         in lines
     )
     assert "| Swin-B, 192 px | `triton+compile` | not measured |  |  |  |  |  |  |" in lines

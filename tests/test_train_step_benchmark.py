@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import deadline, largest_batch, optimizers, step_profile, step_turns, train_step
+from benchmarks import deadline, harness, largest_batch, optimizers, step_profile, step_rows, step_turns, train_step
 from benchmarks.clocks import HostClock
 from benchmarks.optimizers import Update
 from benchmarks.step_arms import PEER, Runner, Variant, make_batch
@@ -453,6 +454,30 @@ def test_ratios_are_taken_turn_by_turn() -> None:
         one.turns.append(step_turns.Seconds(mine, 0.0, 5.0))
         other.turns.append(step_turns.Seconds(theirs, 0.0, 0.0))
     assert ratio(one, other, "passes") == 0.5
+
+
+def test_shares_of_what_the_device_does_at_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_rows, "device_peak_tflops", lambda *_: 1000.0)
+    runner: Any = SimpleNamespace(variant=Variant.parse("triton"), state_bytes=lambda: 1)
+    result = Result(1.0, {"a": torch.ones(1)})
+    ready = Arm(runner, result, 0, 10, 0, 0.0, [step_turns.Seconds(0.1, 0.2, x) for x in (0.1, 0.2, 0.3)])
+    words = ["--device", "cuda", "--precision", "bf16"]
+    options = train_step.arguments().parse_args(words)
+    ceilings = harness.Ceilings(4e12, 8e14, 2e-6, products=5e14)
+    row = step_rows.finished_row(options, 128, {"triton": ready}, "triton", result, 10**14, ceilings)
+    assert (row["step_p20_seconds"], row["step_p50_seconds"], row["step_p80_seconds"]) == pytest.approx(
+        (0.44, 0.5, 0.56)
+    )
+    assert row["share_of_matrix"] == pytest.approx(1e14 / 0.3 / 8e14)
+    assert row["step_share_of_matrix"] == pytest.approx(0.25)
+    assert row["step_share_of_products"] == pytest.approx(0.4)
+    assert row["step_share_of_datasheet"] == pytest.approx(0.2)
+    assert row["training_images_per_second"] == pytest.approx(256)
+    none = replace(ceilings, products=None)
+    assert (
+        step_rows.finished_row(options, 128, {"triton": ready}, "triton", result, 1, none)["step_share_of_products"]
+        is None
+    )
 
 
 @pytest.mark.parametrize(
