@@ -1,5 +1,6 @@
 """Markdown tables of kernels, of what a step must compute and move, and of whole runs."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from benchmarks.arithmetic import NAMED, PARTS
@@ -22,9 +23,11 @@ def kernels(results: Results) -> list[str]:
     """Every operation, forward and backward, beside the fastest peer; a table for each GPU."""
     found = []
     for gpu in results.gpus("kernels"):
-        rows = results.kernels(gpu)
-        ours = [row for row in rows if row["implementation"] == OURS and "p50_seconds" in row]
+        every = results.kernels(gpu)
+        rows = [row for row in every if "p50_seconds" in row]
+        ours = [row for row in rows if row["implementation"] == OURS]
         found += told(KERNEL_TITLES, [_kernel_line(row, rows) for row in ours], ours)
+        found += _without_times([row for row in every if "p50_seconds" not in row])
     return found[:-1] or unmeasured(EVERYTHING)
 
 
@@ -34,10 +37,17 @@ KERNEL_TITLES = (
 )
 
 
+def _without_times(rows: Sequence[Row]) -> list[str]:
+    """Who was tried and has no times, why, and at how many shapes."""
+    reasons = Counter((row["implementation"], row.get("failed") or f"wrong: {row['pass']}") for row in rows)
+    lines = [f"- `{name}` at {count} shapes: {reason}" for (name, reason), count in reasons.items()]
+    return ["Tried and without times:", "", *lines, ""] if lines else []
+
+
 def _kernel_line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     same = [r for r in rows if all(r[key] == row[key] for key in ("op", "case", "pass", "dtype", "batch"))]
     peers = [r for r in same if r["implementation"] in NAMES and r["implementation"] not in (OURS, "copy")]
-    best = min((r for r in peers if "p50_seconds" in r), key=lambda r: r["p50_seconds"], default=None)
+    best = min(peers, key=lambda r: r["p50_seconds"], default=None)
     return (
         f"`{row['op']}` {row['case']}",
         f"{row['batch']} {row['dtype']}",

@@ -241,11 +241,15 @@ def test_kernels_beside_the_fastest_peer(tmp_path: Path) -> None:
         kernel("sdpa", 5e-4),
         kernel("sdpa", 1e-5, **{"pass": "backward"}),
         kernel("copy", 1e-4),
-        {**kernel("flex", 1.0), "p50_seconds": None} | {"failed": "no"},
+        {**kernel("flex", 1.0), "pass": None, "p50_seconds": None} | {"failed": "it says no"},
+        {**kernel("compiled", 1.0), "p50_seconds": None, "pass": "gradient of qkv", "correct": False},
     )
+    # As rows are written of what cannot run, or is wrong.
     found.rows = [{k: v for k, v in row.items() if v is not None} for row in found.rows]
     what = "| `window_attention` Swin-B stage 3 | 128 bf16 | forward |"
     assert f"{what} 200.0 us | 50% | 200 | 1.0e-03 (2.0e-03) | sdpa, x 2.50 |" in more_tables.kernels(found)
+    assert "- `flex` at 1 shapes: it says no" in more_tables.kernels(found)
+    assert "- `compiled` at 1 shapes: wrong: gradient of qkv" in more_tables.kernels(found)
 
 
 def test_whole_runs(tmp_path: Path) -> None:
