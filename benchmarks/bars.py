@@ -87,7 +87,7 @@ def step_bars(rows: list[Row]) -> list[Bar]:
         if model == MAIN_MODEL:
             found.append(against(name, ">= 3.0x plain, eager", best, eager, "step_p50_seconds", 3.0))
             found.append(against(name, ">= 1.4x plain, compiled", best, compiled, "step_p50_seconds", 1.4))
-            found.append(against(name, "<= 0.5x the memory of plain", best, eager, "step_memory_bytes", 2.0))
+            found.append(memory(name, best, eager))
             demand = ">= 40% of the matrix rate"
             found.append(lowest(name, demand, best, lambda row: row["step_share_of_matrix"], 0.4, "{:.0%}"))
         else:
@@ -101,6 +101,15 @@ def against(what: str, demand: str, ours: list[Row], plain: list[Row], key: str,
         return Bar(what, demand, "-", None)
     times = plain[0][key] / ours[0][key]
     return Bar(what, demand, f"x{times:.2f}", times >= least)
+
+
+def memory(what: str, ours: list[Row], plain: list[Row]) -> Bar:
+    """What the passes need beside weights and gradients."""
+    demand, key = "<= 0.5x the memory of plain", "step_memory_bytes"
+    if not ours or not plain:
+        return Bar(what, demand, "-", None)
+    share_of_plain = ours[0][key] / plain[0][key]
+    return Bar(what, demand, f"x{share_of_plain:.2f}", share_of_plain <= 0.5)
 
 
 def lowest(

@@ -121,7 +121,7 @@ def test_bars_of_the_training_step() -> None:
     swin, vit = "step of sgmim_swin_base", "step of sgmim_vit_base"
     assert found[swin, ">= 3.0x plain, eager"] == (True, "x3.00")
     assert found[swin, ">= 1.4x plain, compiled"] == (False, "x1.33")
-    assert found[swin, "<= 0.5x the memory of plain"] == (False, "x1.80")
+    assert found[swin, "<= 0.5x the memory of plain"] == (False, "x0.56")
     assert found[swin, ">= 40% of the matrix rate"] == (False, "33%")
     assert found[vit, ">= 1.2x plain, compiled"] == (False, "x1.10")
     assert found["step of sgmim_swin_large", ">= 1.2x plain, compiled"] == (None, "-")
