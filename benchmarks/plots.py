@@ -61,7 +61,7 @@ def traffic(results: Results) -> str | None:
 def roofline(results: Results) -> str | None:
     """Kernels that multiply, under the ceilings of their run."""
     gpu = results.gpus("kernels")[0]
-    rows = [r for r in results.kernels(gpu) if r["implementation"] == OURS and r.get("flops") and "p50_seconds" in r]
+    rows = [r for r in results.kernels(gpu) if r["implementation"] == OURS and r.get("flops") and r["pass"] != "both"]
     points: dict[str, list[tuple[float, float, str]]] = {}
     for row in rows:
         what = f"{row['case']}, batch {row['batch']}, {row['pass']}: {row['p50_seconds'] * 1e6:.1f} us"
@@ -75,10 +75,11 @@ def roofline(results: Results) -> str | None:
 
 def parity(results: Results) -> str | None:
     """Losses of the newest comparison, on a GPU if there is one."""
-    rows = results.of("parity")
+    gpu = results.gpus("parity")[0]
+    rows = results.newest("parity", gpu) or results.newest("parity", None)
     if not rows:
         return None
-    row = next((row for row in reversed(rows) if "gpu" in row["environment"]), rows[-1])
+    row = rows[-1]
     lines = {f"{curve['arm']}, seed {curve['seed']}": curve["loss"] for curve in row["curves"]}
     place = row["environment"].get("gpu", "a CPU")
     title = f"Loss of {row['steps']} steps in {row['precision']} on {place}"

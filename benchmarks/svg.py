@@ -8,6 +8,7 @@ from sgmim_fast.report.curves import nice_ticks
 
 COLORS = ("#3b6fb6", "#d9822b", "#4c9a5b", "#a65d9e", "#7f6a55", "#c4504b", "#6e7f8d", "#b59f2f")
 WIDTH, LEFT, RIGHT, TOP, BAR = 760, 230, 90, 62, 22
+LETTER, LINE = 7, 18  # about the width of a letter, and what a line of text takes
 FONT = "font-family='system-ui, sans-serif'"
 
 
@@ -37,16 +38,22 @@ def line(x1: float, y1: float, x2: float, y2: float, color: str = "#d5d5d5", wid
     return f"<line x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}' {look}/>"
 
 
-def legend(names: Sequence[str], x: float = 16, y: float = 46) -> list[str]:
-    """Coloured names in a row."""
+def with_legend(height: float, title: str, names: Sequence[str], body: Sequence[str]) -> str:
+    """The picture ``body``, moved down where its coloured names need more than one line; no names, no legend."""
     found = []
+    x, y = 16.0, 46.0
     for number, name in enumerate(names):
+        width = 34 + LETTER * len(name)
+        if x > 16 and x + width - 18 > WIDTH:
+            x, y = 16.0, y + LINE
         found.append(
             f"<rect x='{x:.1f}' y='{y - 10:.1f}' width='11' height='11' fill='{COLORS[number % len(COLORS)]}'/>"
         )
         found.append(text(x + 16, y, name))
-        x += 34 + 7 * len(name)
-    return found
+        x += width
+    if y == 46:
+        return document(height, title, [*found, *body])
+    return document(height + y - 46, title, [*found, f"<g transform='translate(0 {y - 46:g})'>", *body, "</g>"])
 
 
 def stacked(title: str, unit: str, rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -54,16 +61,17 @@ def stacked(title: str, unit: str, rows: Mapping[str, Mapping[str, float]]) -> s
     pieces = list(dict.fromkeys(name for row in rows.values() for name in row))
     most = max((sum(row.values()) for row in rows.values()), default=1.0)
     ticks = nice_ticks(0.0, most)
-    scale = (WIDTH - LEFT - RIGHT) / ticks[-1]
+    left = max(LEFT, 8 + LETTER * max(map(len, rows), default=0))
+    scale = (WIDTH - left - RIGHT) / ticks[-1]
     bottom = TOP + BAR * 1.4 * len(rows)
-    body = legend(pieces) if len(pieces) > 1 else []
+    body = []
     for tick in ticks:
-        x = LEFT + tick * scale
+        x = left + tick * scale
         body += [line(x, TOP - 4, x, bottom), text(x, bottom + 16, f"{tick:g}", "middle", color="#666666")]
-    body.append(text((LEFT + WIDTH - RIGHT) / 2, bottom + 34, unit, "middle", color="#666666"))
+    body.append(text((left + WIDTH - RIGHT) / 2, bottom + 34, unit, "middle", color="#666666"))
     for number, (name, row) in enumerate(rows.items()):
-        y, x = TOP + BAR * 1.4 * number, float(LEFT)
-        body.append(text(LEFT - 8, y + BAR * 0.7, name, "end"))
+        y, x = TOP + BAR * 1.4 * number, float(left)
+        body.append(text(left - 8, y + BAR * 0.7, name, "end"))
         for piece, value in row.items():
             color = COLORS[pieces.index(piece) % len(COLORS)]
             body.append(
@@ -72,7 +80,7 @@ def stacked(title: str, unit: str, rows: Mapping[str, Mapping[str, float]]) -> s
             )
             x += value * scale
         body.append(text(x + 6, y + BAR * 0.7, f"{sum(row.values()):.3g}"))
-    return document(bottom + 46, title, body)
+    return with_legend(bottom + 46, title, pieces if len(pieces) > 1 else [], body)
 
 
 def curves(title: str, x_name: str, y_name: str, x: Sequence[float], lines: Mapping[str, Sequence[float]]) -> str:
@@ -85,7 +93,7 @@ def curves(title: str, x_name: str, y_name: str, x: Sequence[float], lines: Mapp
         across = left + (right - left) * a / marks[-1]
         return across, bottom - (bottom - TOP) * (b - ticks[0]) / (ticks[-1] - ticks[0])
 
-    body = legend(list(lines))
+    body = []
     for tick in ticks:
         _, y = at(0, tick)
         body += [line(left, y, right, y), text(left - 8, y + 4, f"{tick:g}", "end", color="#666666")]
@@ -97,7 +105,7 @@ def curves(title: str, x_name: str, y_name: str, x: Sequence[float], lines: Mapp
         color = COLORS[number % len(COLORS)]
         dash = " stroke-dasharray='5 3'" if number else ""
         body.append(f"<polyline points='{points}' fill='none' stroke='{color}' stroke-width='1.6'{dash}/>")
-    return document(bottom + 46, title, body)
+    return with_legend(bottom + 46, title, list(lines), body)
 
 
 def roofline(title: str, copy: float, matrix: float, points: Mapping[str, Sequence[tuple[float, float, str]]]) -> str:
@@ -119,7 +127,7 @@ def roofline(title: str, copy: float, matrix: float, points: Mapping[str, Sequen
         across = left + (right - left) * math.log(a / low) / math.log(high / low)
         return across, bottom - (bottom - TOP) * math.log(b / base) / math.log(top / base)
 
-    body = legend(list(points))
+    body = []
     for power in range(round(math.log10(base)), round(math.log10(top)) + 1):
         y = at(low, 10.0**power)[1]
         body += [
@@ -140,4 +148,4 @@ def roofline(title: str, copy: float, matrix: float, points: Mapping[str, Sequen
                 f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4' fill='{color}' fill-opacity='0.8'>"
                 f"<title>{escape(what)}</title></circle>"
             )
-    return document(bottom + 46, title, body)
+    return with_legend(bottom + 46, title, list(points), body)

@@ -346,6 +346,28 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert bars[1][0] == bars[2][0] != bars[0][0]
 
 
+def test_long_names_find_room() -> None:
+    names = [f"{'long ' * 6}{number}" for number in range(6)]
+    picture = ElementTree.fromstring(svg.stacked("t", "ms", {names[0] * 2: dict.fromkeys(names, 1.0)}))
+    moved = [float((x.get("transform") or "").split()[-1].rstrip(")")) for x in picture.iter() if x.get("transform")]
+    words = [x for x in picture.iter() if x.text in names]
+    assert moved == [svg.LINE]
+    assert [float(x.get("y", 0)) for x in words] == [46.0] * 3 + [64.0] * 3
+    assert all(float(x.get("x", 0)) + svg.LETTER * len(x.text or "") <= svg.WIDTH for x in words)
+    label = next(x for x in picture.iter() if x.text == names[0] * 2)
+    assert float(label.get("x", 0)) >= svg.LETTER * len(label.text or "")
+
+
+def test_the_curves_are_of_the_target_card(tmp_path: Path) -> None:
+    row = {"benchmark": "parity", "steps": 2, "precision": "bf16", "points": [1, 2]}
+    row["curves"] = [{"arm": "reference", "seed": 0, "loss": [1.0, 0.5]}]
+    cards = [{}, H200, H100, {"cpu": "EPYC"}]
+    found = results(tmp_path / "rows", *({**row, "environment": card} for card in cards))
+    assert "on NVIDIA H200" in str(plots.parity(found))
+    alone = results(tmp_path / "cpu", {**row, "environment": {"cpu": "EPYC"}})
+    assert "on a CPU" in str(plots.parity(alone))
+
+
 def test_points_lie_under_the_roof_that_they_reach() -> None:
     points = {"a": [(10.0, 1e13, "half of it")], "b": [(1000.0, 1e14, "all of it")]}
     picture = ElementTree.fromstring(svg.roofline("t", copy=2e12, matrix=1e14, points=points))
