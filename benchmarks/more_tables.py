@@ -198,15 +198,18 @@ def pipeline(results: Results) -> list[str]:
 
 def parity(results: Results) -> list[str]:
     """How far a training on a fast path ends from the plain one's, beside two seeds of the plain one."""
-    keys = ("model", "override", "batch", "precision", "device", "planned_steps")
+    keys = ("model", "override", "batch", "precision", "device", "planned_steps", "seeds")
     lines, used = [], []
     for gpu in (*results.gpus("parity"), None):
         for row in results.newest("parity", gpu, *keys):
             used.append(row)
+            seeds = "seeds {} and {}".format(*row["seeds"])
             for arm, differences in row["differences"].items():
                 lines.append(
                     (
-                        ", ".join([model_name(row), *row["override"], row["precision"], f"{row['steps']} steps"]),
+                        ", ".join(
+                            [model_name(row), *row["override"], row["precision"], f"{row['steps']} steps", seeds]
+                        ),
                         row["environment"].get("gpu") or "CPU",
                         f"`{arm}`",
                         f"{differences['loss']:.2e}",

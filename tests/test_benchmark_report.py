@@ -272,6 +272,7 @@ def test_whole_runs(tmp_path: Path) -> None:
             "device": "cuda",
             "steps": 1000,
             "planned_steps": 1000,
+            "seeds": [0, 1],
             "spread": {"loss": 2e-3},
         }
         | {"differences": {"triton": {"loss": 1e-3}}, "within_spread": {"triton": True}, "points": [500, 1000]}
