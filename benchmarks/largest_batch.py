@@ -11,7 +11,7 @@ about a minute, that of a compiled one compiles anew for every trial.
 
 Rows of ``benchmarks/results/largest_batch.jsonl`` ("benchmark": "largest_batch"):
 
-    model, override, precision, arm, backend, attention, compiled, compile_mode, optimizer
+    model, override, precision, arm, backend, attention, compiled, compile_mode, float8, optimizer
     budget_gb, budget_bytes, context_bytes, allocator_bytes      what the step had
     largest_batch              None if not even the first trial fits
     smallest_failing_batch     None if the search ended at ``--most``
@@ -146,11 +146,7 @@ def head_of(options: argparse.Namespace, variant: Variant, budget: float) -> Row
         "model": options.model,
         "override": options.override,
         "precision": options.precision,
-        "arm": variant.name,
-        "backend": variant.backend,
-        "attention": variant.attention,
-        "compiled": variant.compiled,
-        "compile_mode": variant.mode if variant.compiled else None,
+        **variant.row(),
         "optimizer": options.optimizer,
         "budget_gb": budget,
     }

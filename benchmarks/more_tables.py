@@ -179,7 +179,7 @@ def pipeline(results: Results) -> list[str]:
 
 def parity(results: Results) -> list[str]:
     """How far a training on a fast path ends from the plain one's, beside two seeds of the plain one."""
-    keys = ("model", "override", "batch", "precision", "device", "planned_steps")
+    keys = ("model", "override", "backends", "batch", "precision", "device", "planned_steps")
     lines, used = [], []
     for gpu in (*results.gpus("parity"), None):
         for row in results.newest("parity", gpu, *keys):
@@ -191,7 +191,7 @@ def parity(results: Results) -> list[str]:
                         row["environment"].get("gpu") or "CPU",
                         f"`{arm}`",
                         f"{differences['loss']:.2e}",
-                        f"{row['spread']['loss']:.2e}",
+                        f"{row['spread']['loss']:.2e} ({len(row['seeds'])} seeds)",
                         "yes" if row["within_spread"][arm] else "NO",
                     )
                 )

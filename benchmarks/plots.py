@@ -71,8 +71,20 @@ def roofline(results: Results) -> str | None:
 
 
 def parity(results: Results) -> str | None:
-    """Losses of the newest comparison, on a GPU if there is one."""
-    rows = results.of("parity")
+    """Losses of the newest comparison of implementations, on a GPU if there is one."""
+    return _curves([row for row in results.of("parity") if not _float8(row)])
+
+
+def float8(results: Results) -> str | None:
+    """Losses of the newest comparison of products in FP8 with those in bf16, on a GPU if there is one."""
+    return _curves([row for row in results.of("parity") if _float8(row)])
+
+
+def _float8(row: Row) -> bool:
+    return any("float8" in arm for arm in row["differences"])
+
+
+def _curves(rows: list[Row]) -> str | None:
     if not rows:
         return None
     row = next((row for row in reversed(rows) if "gpu" in row["environment"]), rows[-1])
@@ -90,4 +102,5 @@ PLOTS: dict[str, Callable[[Results], str | None]] = {
     "traffic": traffic,
     "roofline": roofline,
     "parity": parity,
+    "float8": float8,
 }

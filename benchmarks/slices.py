@@ -13,6 +13,7 @@ CHEAP = ("--implementations", "triton", "plain", "sdpa", "xformers", "dense", "c
 BF16 = ("--precision", "bf16", "--batch", "128")
 SMALL = ("--override", "image_size=64", "embed_dim=8", "depths=(1,1,1,1)", "num_heads=(1,1,1,1)", "window_size=4")
 ON_CPU = ("--device", "cpu")
+FLOAT8_ARMS = ("triton+compile", "triton+compile+float8", "triton+compile+float8_rowwise")
 COMPILED_ARMS = ("reference", "reference+compile", "triton+compile", "triton+graphs")
 SMOKE_KERNELS = (
     "--smoke",
@@ -79,21 +80,23 @@ def _every_slice() -> tuple[Slice, ...]:
             kernels("other kernels", 60, *others, *CHEAP),
         ),
     )
-    plain = ("--backends", "torch", *SMALL, "--batch", "2", "--steps", "1", "--no-parts", *ON_CPU)
+    tiny = (*SMALL, "--batch", "2", "--steps", "1", "--no-parts", *ON_CPU, "--backends", "torch")
+    float8 = (*tiny, "torch+float8", "--precision", "bf16")
     second = Slice(
         "step",
-        "the training step of Swin-B: plain, compiled, gathered, on kernels",
-        6.5,
+        "the training step of Swin-B: plain, compiled, gathered, on kernels, in FP8",
+        7.0,
         (
-            steps("step, eager", 70, bars.MAIN_MODEL, "reference", "torch", "triton", smoke=plain),
+            steps("step, eager", 70, bars.MAIN_MODEL, "reference", "torch", "triton", smoke=tiny),
             steps("step, compiled", 180, bars.MAIN_MODEL, *COMPILED_ARMS),
-            steps("step, autotuned", 140, bars.MAIN_MODEL, "reference", "reference+autotune", "triton+compile"),
+            steps("step, FP8", 60, bars.MAIN_MODEL, *FLOAT8_ARMS, smoke=float8),
+            steps("step, autotuned", 110, bars.MAIN_MODEL, "reference", "reference+autotune", "triton+compile"),
         ),
     )
     third = Slice(
         "others",
         "memory accesses, other shapes, batch sizes and peers of the kernels, matrix products, optimizers",
-        4.5,
+        4.0,
         (
             Step("memory accesses", "memcheck", "gpu_check", (), 45),
             Step("matrix products", "products", "products", (), 30, ("--smoke",)),
@@ -104,14 +107,23 @@ def _every_slice() -> tuple[Slice, ...]:
             kernels("attention, autotuned", 60, *attention, "--implementations", "max-autotune"),
         ),
     )
-    images = ("--backends", "torch", *SMALL, "--batch", "2", "--workers", "0", *ON_CPU)
+    images = (*SMALL, "--batch", "2", "--workers", "0", *ON_CPU, "--backends", "torch")
+    few = ("--steps", "3", "--last", "2", "--pairs", "6")
     fourth = Slice(
         "models",
         "the training step of the other models and of timm's, parity, data, the largest batch",
         7.0,
         (
             *(steps(f"step of {model}", 75, model, *COMPILED_ARMS[1:3], "triton") for model in bars.MODELS),
-            Step("parity", "parity", "parity", (), 80, (*images, "--steps", "3", "--last", "2", "--pairs", "6")),
+            Step("parity", "parity", "parity", (), 80, (*images, *few)),
+            Step(
+                "parity, FP8",
+                "parity",
+                "parity",
+                ("--backends", "triton", "triton+float8"),
+                60,
+                (*images, "torch+float8", "--precision", "bf16", *few),
+            ),
             Step("data", "pipeline", "pipeline", (*BF16, "--backends", "triton", "--pairs", "1024"), 60),
             steps("timm's encoder", 60, "simmim_swin_base", "reference", "timm", "timm+compile", "triton"),
             Step("largest batch", "largest_batch", "largest_batch", ("--memory-budget", "24", "80", "141"), 90),
