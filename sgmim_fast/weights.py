@@ -56,7 +56,7 @@ def load_weights(
             backbone what it has beside its encoder. What a backbone leaves out at its end is not asked for.
         source: a ``.safetensors`` file, a ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` checkpoint, or a state dict. The
             layout is recognised by the names; ``{"model": ...}``, ``{"state_dict": ...}`` and the prefixes ``module.``,
-            ``model.`` and ``backbone.`` are undone.
+            ``_orig_mod.``, ``model.`` and ``backbone.`` are undone.
         strict: False leaves what the source lacks at its initial value; the report names it.
         resize: whether position tables of another window or image size are resized: unless given, those of backbones
             are. True means ``"bicubic"`` for Swin and ``"geometric"`` for ViT, the ways of Swin's and BEiT's official
