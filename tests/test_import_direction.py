@@ -19,7 +19,7 @@ LAYERS = (
     ("recipes", "finetune_recipes", "attention", "position_tables", "hf_layout"),
     ("ops", "weight_files"),
     ("models", "weight_layouts"),
-    ("weight_plan",),
+    ("weight_plan", "weight_windows"),
     ("weights", "data"),
     ("backbones",),
     ("tasks",),
@@ -33,6 +33,7 @@ DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
 # Where models are built and timed these may be missing: kernels to backbones, the package's own __init__ included.
 LIGHT = {room for layer in LAYERS[: DEPTH["models"] + 1] for room in layer} | {
     "weight_plan",
+    "weight_windows",
     "weights",
     "backbones",
     PACKAGE,
