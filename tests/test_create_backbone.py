@@ -150,6 +150,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image_size": 0}, "image_size 0"),
     ({"image_size": (1, 2, 3)}, "image_size (1, 2, 3)"),
     ({"window_size": (7, 7)}, "window_size (7, 7) must be one for all stages or have one entry a stage, 4 in all"),
+    (
+        {"encoder": "vit", "depths": 4, "num_heads": 4, "image_size": 64, "window_size": (7, 7)},
+        "1 in all; a ViT has no windows: set window_size and use_shift to None",
+    ),
     ({"window_size": (7, 7, 7, 0)}, "window_size (7, 7, 7, 0) must be 1 or more"),
     ({"window_size": True}, "window_size True"),
     ({"use_shift": (True, False)}, "use_shift (True, False) must be one for all"),

@@ -112,10 +112,11 @@ class BackboneConfig:
             if isinstance(self.pretrained_window_size, int):
                 pretrained *= stages
         found = {"window_size": windows, "use_shift": shifts, "pretrained_window_size": pretrained}
+        remedy = "; a ViT has no windows: set window_size and use_shift to None" if self.encoder == "vit" else ""
         for name, values in found.items():
             require(
                 len(values) == stages,
-                f"{name} {values} must be one for all stages or have one entry a stage, {stages} in all",
+                f"{name} {values} must be one for all stages or have one entry a stage, {stages} in all{remedy}",
             )
             require(min(values) >= 1 or name == "use_shift", f"{name} {values} must be 1 or more each")
             self._set(name, values)
