@@ -98,7 +98,7 @@ test-triton-3.6: $(OLD_STAMP)
 	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -p benchmarks $(SHARED_OUT) $(KERNEL_TESTS)
 
 gpu-check: $(if $(PYTHON),,$(STAMP))
-	@$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(RESULTS:%=--results %) $(SLICE:%=--slice %)
+	@$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(RESULTS:%=--results %) $(if $(SLICE),--slice $(SLICE))
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-simmim \

@@ -20,7 +20,7 @@ LEAST_BATCH = 32  # below, attention of small maps is a matter of launches
 ATTENTIONS = ("window_attention", "class_token_attention", "attention_layer")
 PEERS = ("plain", "compiled", "max-autotune", "sdpa", "xformers", "flex", "timm", "timm-fused")
 MAIN_MODEL, MODELS = "sgmim_swin_base", ("sgmim_swinv2_base", "sgmim_vit_base", "sgmim_swin_large")
-STEP = {"precision": "bf16", "batch": 128, "override": []}
+STEP = {"precision": "bf16", "batch": 128, "override": [], "optimizer": "adamw"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def kernel_bars(rows: list[Row]) -> list[Bar]:
     for part, least in (("forward", 0.7), ("backward", 0.6)):
         chosen = [row for row in small if row["pass"] == part]
         demand = f">= {least:.0%} of a copy of its bytes"
-        found.append(lowest(f"window_attention {part}, windows 6, 7, 12", demand, chosen, share, least, "{:.0%}"))
+        name = f"window_attention {part}, windows 6, 7, 12, batch {LEAST_BATCH} and more"
+        found.append(lowest(name, demand, chosen, share, least, "{:.0%}"))
     attention = [row for row in ours if row["op"] in ATTENTIONS]
     beside = [row for row in attention if peer_times(row, rows)]
     found.append(
@@ -69,29 +70,28 @@ def kernel_bars(rows: list[Row]) -> list[Bar]:
             found.append(lowest(op, ">= 80% of a copy of its bytes", large, share, 0.8, "{:.0%}"))
         if short:
             demand = "<= 3 us beyond an empty launch"
-            found.append(
-                lowest(f"{op}, small", demand, short, lambda row: -beyond(row), -LAUNCH_MARGIN, "{:.1f} us", -1e6)
-            )
+            found.append(lowest(f"{op}, small", demand, short, lambda row: -beyond(row), -LAUNCH_MARGIN, beyond_text))
     return found
 
 
 def step_bars(rows: list[Row]) -> list[Bar]:
+    """Of whole steps, the optimizer included; the fastest arm of each side counts."""
     found = []
     for model in (MAIN_MODEL, *MODELS):
-        mine = sorted((row for row in rows if row["model"] == model), key=lambda row: row["p50_seconds"])
+        mine = sorted((row for row in rows if row["model"] == model), key=lambda row: row["step_p50_seconds"])
         best = [row for row in mine if row["backend"] == "triton"][:1]
         plain = [row for row in mine if row["backend"] == "reference"]
         eager = [row for row in plain if not row["compiled"]][:1]
         compiled = [row for row in plain if row["compiled"]][:1]
         name = f"step of {model}"
         if model == MAIN_MODEL:
-            found.append(against(name, ">= 3.0x plain, eager", best, eager, "p50_seconds", 3.0))
-            found.append(against(name, ">= 1.4x plain, compiled", best, compiled, "p50_seconds", 1.4))
+            found.append(against(name, ">= 3.0x plain, eager", best, eager, "step_p50_seconds", 3.0))
+            found.append(against(name, ">= 1.4x plain, compiled", best, compiled, "step_p50_seconds", 1.4))
             found.append(against(name, "<= 0.5x the memory of plain", best, eager, "step_memory_bytes", 2.0))
             demand = ">= 40% of the matrix rate"
-            found.append(lowest(name, demand, best, lambda row: row["share_of_matrix"], 0.4, "{:.0%}"))
+            found.append(lowest(name, demand, best, lambda row: row["step_share_of_matrix"], 0.4, "{:.0%}"))
         else:
-            found.append(against(name, ">= 1.2x plain, compiled", best, compiled, "p50_seconds", 1.2))
+            found.append(against(name, ">= 1.2x plain, compiled", best, compiled, "step_p50_seconds", 1.2))
     return found
 
 
@@ -104,14 +104,24 @@ def against(what: str, demand: str, ours: list[Row], plain: list[Row], key: str,
 
 
 def lowest(
-    what: str, demand: str, rows: list[Row], value: Callable[[Row], float], least: float, text: str, scale: float = 1.0
+    what: str,
+    demand: str,
+    rows: list[Row],
+    value: Callable[[Row], float],
+    least: float,
+    text: str | Callable[[Row], str],
 ) -> Bar:
-    """The row that is furthest below."""
+    """The row that is furthest below.
+
+    Args:
+        text: of its value, or of all of it.
+    """
     if not rows:
         return Bar(what, demand, "-", None)
     worst = min(rows, key=value)
-    where = f" ({worst['case']}, {worst['pass']})" if "case" in worst else ""
-    return Bar(what, demand, text.format(value(worst) * scale) + where, value(worst) >= least)
+    measured = text.format(value(worst)) if isinstance(text, str) else text(worst)
+    where = f" ({worst['case']}, batch {worst['batch']}, {worst['pass']})" if "case" in worst else ""
+    return Bar(what, demand, measured + where, value(worst) >= least)
 
 
 def share(row: Row) -> float:
@@ -121,6 +131,11 @@ def share(row: Row) -> float:
 def beyond(row: Row) -> float:
     """Seconds beyond an empty launch."""
     return row["p50_seconds"] - row["ceilings"]["launch_seconds"]
+
+
+def beyond_text(row: Row) -> str:
+    """With what the bytes alone take, which no kernel undercuts."""
+    return f"{beyond(row) * 1e6:.1f} us, of which {row['floor_seconds'] * 1e6:.1f} us for its bytes"
 
 
 def window_of(row: Row) -> int:

@@ -13,6 +13,10 @@ class NotReadyError(Exception):
     """An arm could not be made ready in the time that is left."""
 
 
+class _TimeIsOver(BaseException):
+    """No ``Exception``: compilers catch those, wrap them, or take one for a choice that does not work and go on."""
+
+
 class Deadline:
     """When to begin nothing new."""
 
@@ -36,13 +40,22 @@ class Deadline:
         if seconds <= 0:
             raise NotReadyError("the time given by --seconds is over")
 
+        over = False
+
         def stop(*_: Any) -> None:
-            raise NotReadyError(f"it was not ready after {seconds:.0f} s, all that --seconds left")
+            nonlocal over
+            over = True
+            raise _TimeIsOver
 
         before = signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             yield
+        except (Exception, _TimeIsOver) as error:
+            if not over:
+                raise
+            # What was interrupted may end in an error of its own.
+            raise NotReadyError(f"it was not ready after {seconds:.0f} s, all that --seconds left") from error
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)

@@ -12,9 +12,6 @@ slice that was stopped goes on where it was. The last lines hold all rows of the
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +20,7 @@ import torch
 
 from benchmarks import bars, harness, origin
 from benchmarks.harness import Rows
-from benchmarks.origin import ROOT
+from benchmarks.processes import leave_in_order, run_for
 from benchmarks.rows import Row, alike, key_of, read
 from benchmarks.slices import RESULT_FILES, SLICES, Slice, Step
 from sgmim_fast.errors import EXIT_PREEMPTED, one_line_errors
@@ -40,6 +37,7 @@ def main() -> None:
         if options.list_slices:
             print(listing())
             return
+        leave_in_order()
         raise SystemExit(check(options))
 
 
@@ -144,21 +142,7 @@ def finished(name: str, command: list[str], seconds: float) -> int | None:
         print(f"{name}: left out, the time is over", flush=True)
         return None
     start = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # a group of its own, to be stopped as a whole
-    )
-    try:
-        status: int | None = process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        status = None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    status = run_for(command, seconds)
     end = f"stopped after {seconds:.0f} s" if status is None else f"ended with status {status}"
     print(f"{name}: {end}, {time.monotonic() - start:.0f} s", flush=True)
     return status

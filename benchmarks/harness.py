@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from benchmarks.rows import Rows
 from sgmim_fast.errors import UserError
@@ -16,6 +18,7 @@ __all__ = ["RESULTS", "Ceilings", "Rows", "Times", "gpu", "measure", "measure_ce
 RESULTS = Path(__file__).parent / "results"
 FASTEST_CLOCK = 2.5e9  # Hz; no GPU of the supported kinds counts faster, so a wait lasts at least as long as asked
 MOST_RUNS, FEWEST_RUNS = 200, 5
+MOST_SETS = 64
 COPIED_BYTES = 2 << 30
 MATRIX_SIDE = 8192
 SMOKE_BYTES, SMOKE_SIDE = 1 << 22, 128
@@ -102,8 +105,11 @@ def measure(
     seconds: float = 0.2,
     clock: Clock | None = None,
     fewest: int = FEWEST_RUNS,
+    evict: Callable[[], Any] | None = None,
 ) -> Times:
     """Time ``call(number)`` for input sets 0 .. sets - 1 in turns, about ``seconds`` long, at least ``fewest`` times.
+
+    ``evict`` comes before each timed call, untimed: see ``evictor``.
 
     The device is held before each call until the host has queued all of it: kernels then follow each other without
     gaps, and what is measured is the device's work alone. ``host`` tells where gaps would come from.
@@ -114,9 +120,9 @@ def measure(
     clock.wait()
     host = min(_host_seconds(call, clock) for _ in range(min(3, fewest)))
     wait = 1.5 * host + 50e-6
-    once = clock.between(*_marks(call, 0, wait, clock))
+    once = clock.between(*_marks(call, 0, wait, clock, evict))
     runs = min(MOST_RUNS, max(fewest, int(seconds / (once + wait))))
-    marks = [_marks(call, number % sets, wait, clock, finish=False) for number in range(runs)]
+    marks = [_marks(call, number % sets, wait, clock, evict, finish=False) for number in range(runs)]
     clock.wait()
     return Times(runs, *percentiles([clock.between(*pair) for pair in marks]), host)
 
@@ -129,7 +135,16 @@ def _host_seconds(call: Callable[[int], Any], clock: Clock) -> float:
     return asked
 
 
-def _marks(call: Callable[[int], Any], number: int, wait: float, clock: Clock, finish: bool = True) -> tuple[Any, Any]:
+def _marks(
+    call: Callable[[int], Any],
+    number: int,
+    wait: float,
+    clock: Clock,
+    evict: Callable[[], Any] | None,
+    finish: bool = True,
+) -> tuple[Any, Any]:
+    if evict is not None:
+        evict()
     clock.hold(wait)
     start = clock.mark()
     call(number)
@@ -147,8 +162,25 @@ def percentiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def input_sets(size: int, cache: int) -> int:
-    """How many sets of inputs of ``size`` bytes to take in turns so that a cache has lost each until its turn."""
-    return min(64, 1 + -(-2 * cache // max(size, 1)))
+    """How many sets of inputs of ``size`` bytes to take in turns so that a cache has lost each until its turn.
+
+    Of inputs so small that more than ``MOST_SETS`` would be needed, that many; ``evictor`` does the rest.
+    """
+    return min(MOST_SETS, 1 + -(-2 * cache // max(size, 1)))
+
+
+def evictor(size: int, device: torch.device) -> Callable[[], Any] | None:
+    """Reads twice what a GPU's second cache holds, where sets of ``size`` bytes in turns do not outgrow it."""
+    held = l2_bytes(device)
+    if (input_sets(size, held) - 1) * size >= 2 * held:
+        return None
+    # Read, not written: lines that wait to be written back would be written during what is timed.
+    return partial(torch.sum, _other_bytes(device, 2 * held))
+
+
+@cache
+def _other_bytes(device: torch.device, size: int) -> Tensor:
+    return torch.zeros(size // 4, device=device)
 
 
 def l2_bytes(device: torch.device) -> int:

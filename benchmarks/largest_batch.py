@@ -7,11 +7,12 @@ Batches are doubled until memory runs out, then the gap is halved down to ``--st
 training: passes, clipping, AdamW on float32 weights. A budget of N GB is N * 10^9 bytes, of which the allocator gets
 what the driver's own context leaves (``torch.cuda.set_per_process_memory_fraction``); a GPU that has less is not asked.
 Each arm has a process of its own, so that nothing of another is in its memory; a largest batch of an eager arm takes
-about a minute, that of a compiled one compiles anew for every trial.
+about a minute, that of a compiled one compiles anew for every trial. What the file has from the same sources is not
+searched again.
 
 Rows of ``benchmarks/results/largest_batch.jsonl`` ("benchmark": "largest_batch"):
 
-    model, override, precision, arm, backend, attention, compiled, compile_mode, float8, optimizer
+    model, override, precision, arm, backend, attention, compiled, compile_mode, float8, optimizer, step
     budget_gb, budget_bytes, context_bytes, allocator_bytes      what the step had
     largest_batch              None if not even the first trial fits
     smallest_failing_batch     None if the search ended at ``--most``
@@ -39,11 +40,14 @@ from benchmarks import harness
 from benchmarks.clocks import clock_of
 from benchmarks.deadline import Deadline
 from benchmarks.optimizers import NAMES as OPTIMIZERS
+from benchmarks.processes import ROOT, end_with_parent
+from benchmarks.rows import key_of
 from benchmarks.step_arms import PRECISIONS, Runner, Variant, build, release
 from benchmarks.step_turns import is_out_of_memory, reason_of
-from sgmim_fast.errors import UserError, one_line_errors
+from sgmim_fast.errors import EXIT_PREEMPTED, UserError, one_line_errors
 
 RESULTS = harness.RESULTS / "largest_batch.jsonl"
+KEYS = ("benchmark", "model", "override", "precision", "arm", "optimizer", "step", "budget_gb")
 GB = 10**9
 STEPS = 3  # of a trial; the first makes the optimizer's state
 Row = dict[str, Any]
@@ -74,6 +78,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--seconds", type=float, help="for everything; searches that are not over then are left out")
+    parser.add_argument("--again", action="store_true", help="also what the file has from these sources")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append to")
     parser.add_argument("--in-child", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -119,15 +124,23 @@ def largest(fits: Callable[[int], bool], first: int, step: int, most: int) -> Se
 
 
 def search_all(options: argparse.Namespace) -> int:
-    """A row for each arm and budget; 1 if a search fails for another reason than that the arm cannot run."""
+    """A row for each arm and budget that is not known yet.
+
+    Returns:
+        1 if a search fails for another reason than that the arm cannot run; else 75 if the time did not suffice.
+    """
     device = harness.gpu()
     rows, deadline = harness.Rows(options.output, device), Deadline(options.seconds)
     total = torch.cuda.get_device_properties(device).total_memory
     variants = [Variant.parse(name) for name in options.backends]
-    failed = False
+    done = set() if options.again else rows.finished(KEYS)
+    failed, late = False, False
     for budget in options.memory_budget:
         for variant in variants:
             row = head_of(options, variant, budget)
+            if key_of(row, KEYS) in done:
+                print(f"{row['model']} {variant.name}, {budget:g} GB: found before from the same sources", flush=True)
+                continue
             if budget * GB > total:
                 found: Row = {"reason": f"this GPU has {total / GB:.1f} GB"}
             else:
@@ -135,9 +148,10 @@ def search_all(options: argparse.Namespace) -> int:
             if "reason" in found:
                 row["benchmark"] = "largest_batch_skipped"
                 failed |= found.pop("failed", False)
+                late |= found.pop("late", False)
             rows.append(row | found)
             print(line_of(row | found), flush=True)
-    return int(failed)
+    return 1 if failed else EXIT_PREEMPTED if late else 0
 
 
 def head_of(options: argparse.Namespace, variant: Variant, budget: float) -> Row:
@@ -148,6 +162,7 @@ def head_of(options: argparse.Namespace, variant: Variant, budget: float) -> Row
         "precision": options.precision,
         **variant.row(),
         "optimizer": options.optimizer,
+        "step": options.step,
         "budget_gb": budget,
     }
 
@@ -156,7 +171,7 @@ def ask_child(variant: Variant, budget: float, deadline: Deadline) -> Row:
     """What one search finds; ``reason`` instead if it found nothing."""
     seconds = deadline.left()
     if seconds <= 0:
-        return {"reason": "the time given by --seconds is over"}
+        return {"reason": "the time given by --seconds is over", "late": True}
     words = [*sys.argv[1:], "--backends", variant.name, "--memory-budget", str(budget), "--in-child"]
     command = [sys.executable, "-m", "benchmarks.largest_batch", *words]
     try:
@@ -164,10 +179,11 @@ def ask_child(variant: Variant, budget: float, deadline: Deadline) -> Row:
             command,
             stdout=subprocess.PIPE,
             timeout=None if seconds == float("inf") else seconds,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
+            preexec_fn=end_with_parent,
         )
     except subprocess.TimeoutExpired:
-        return {"reason": f"it was not ready after {seconds:.0f} s, all that --seconds left"}
+        return {"reason": f"it was not ready after {seconds:.0f} s, all that --seconds left", "late": True}
     lines = done.stdout.decode().splitlines()
     if not lines:
         return {"reason": f"its process ended with status {done.returncode}", "failed": True}

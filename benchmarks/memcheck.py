@@ -4,15 +4,13 @@ python -m benchmarks.memcheck
 """
 
 import argparse
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.origin import ROOT
+from benchmarks.processes import ROOT, run_for
 from sgmim_fast.errors import UserError, one_line_errors
 
 LOG = ROOT / "build" / "memcheck.log"
@@ -44,20 +42,8 @@ def check(seconds: float) -> tuple[bool, str]:
     command += ["--one-each", "--batches", "2", "--implementations", "triton", "--seconds", str(seconds * 0.6)]
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("w") as output:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                # Tensors of their own each, so that what lies beyond one is nobody's.
-                env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-            )
-            status: int | None = done.returncode
-        except subprocess.TimeoutExpired:
-            status = None
+        # Tensors of their own each, so that what lies beyond one is nobody's.
+        status = run_for(command, seconds, output, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     return verdict(LOG.read_text(), status)
 
 

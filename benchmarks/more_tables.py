@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from benchmarks.arithmetic import NAMED, PARTS
 from benchmarks.peers import NAMES, OURS
 from benchmarks.recorded import WORDS, Results, model_name, on_gpu
-from benchmarks.rows import Row
+from benchmarks.rows import Row, newest
 from benchmarks.tables import NOT_MEASURED, digits, reproduce, table, where
 
 EVERYTHING = "make gpu-check SLICE=all"
@@ -19,35 +19,35 @@ def unmeasured(command: str) -> list[str]:
 
 
 def kernels(results: Results) -> list[str]:
-    """Every operation, forward and backward, beside the fastest peer."""
-    lines, used = [], []
+    """Every operation, forward and backward, beside the fastest peer; a table for each GPU."""
+    found = []
     for gpu in results.gpus("kernels"):
         rows = results.kernels(gpu)
-        for row in rows:
-            if row["implementation"] != OURS or "p50_seconds" not in row:
-                continue
-            same = [r for r in rows if all(r[key] == row[key] for key in ("op", "case", "pass", "dtype", "batch"))]
-            peers = [r for r in same if r["implementation"] in NAMES and r["implementation"] not in (OURS, "copy")]
-            best = min((r for r in peers if "p50_seconds" in r), key=lambda r: r["p50_seconds"], default=None)
-            used.append(row)
-            lines.append(
-                (
-                    f"`{row['op']}` {row['case']}",
-                    f"{row['batch']} {row['dtype']}",
-                    row["pass"],
-                    f"{row['p50_seconds'] * 1e6:.1f} us",
-                    f"{row['share_of_copy']:.0%}",
-                    f"{row['flops_per_second'] / 1e12:.0f}" if row["flops"] else "",
-                    f"{row['error']:.1e} ({row['plain_error']:.1e})",
-                    ""
-                    if best is None
-                    else f"{best['implementation']}, x {best['p50_seconds'] / row['p50_seconds']:.2f}",
-                )
-            )
-    if not lines:
-        return unmeasured(EVERYTHING)
-    titles = ("operation", "batch", "pass", "time", "of a copy", "TFLOP/s", "error (plain's)", "fastest peer, its time")
-    return [*table(titles, lines), *reproduce(used, "")]
+        ours = [row for row in rows if row["implementation"] == OURS and "p50_seconds" in row]
+        found += told(KERNEL_TITLES, [_kernel_line(row, rows) for row in ours], ours)
+    return found[:-1] or unmeasured(EVERYTHING)
+
+
+KERNEL_TITLES = (
+    *("operation", "batch", "pass", "time", "of a copy", "TFLOP/s", "error (plain's)"),
+    "fastest peer, its time",
+)
+
+
+def _kernel_line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
+    same = [r for r in rows if all(r[key] == row[key] for key in ("op", "case", "pass", "dtype", "batch"))]
+    peers = [r for r in same if r["implementation"] in NAMES and r["implementation"] not in (OURS, "copy")]
+    best = min((r for r in peers if "p50_seconds" in r), key=lambda r: r["p50_seconds"], default=None)
+    return (
+        f"`{row['op']}` {row['case']}",
+        f"{row['batch']} {row['dtype']}",
+        row["pass"],
+        f"{row['p50_seconds'] * 1e6:.1f} us",
+        f"{row['share_of_copy']:.0%}",
+        f"{row['flops_per_second'] / 1e12:.0f}" if row["flops"] else "",
+        f"{row['error']:.1e} ({row['plain_error']:.1e})",
+        "" if best is None else f"{best['implementation']}, x {best['p50_seconds'] / row['p50_seconds']:.2f}",
+    )
 
 
 # -- what is counted
@@ -94,61 +94,70 @@ def missing(rows: Sequence[Row], command: str) -> list[str]:
 
 
 def told(titles: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[str]:
-    return [*table(titles, lines), *reproduce(rows, "")] if rows else []
+    """Where, what and how, and an empty line; nothing without rows."""
+    return [*where(rows), "", *table(titles, lines), *reproduce(rows, ""), ""] if rows else []
 
 
 def products(results: Results) -> list[str]:
-    """Matrix products of a step, those that take longest first."""
-    rows = [row for gpu in results.gpus("products") for row in results.newest("products", gpu, *PRODUCT_KEYS)]
-    if not rows:
-        return unmeasured("python -m benchmarks.products")
-    rows.sort(key=lambda row: -row["count"] * row["p50_seconds"])
-    lines = [
-        (
-            f"{row['m']} x {row['k']} x {row['n']}",
-            str(row["count"]),
-            f"{row['p50_seconds'] * 1e6:.1f} us",
-            f"{row['flops_per_second'] / 1e12:.0f}",
-            f"{row['share_of_matrix']:.0%}",
-        )
-        for row in rows[:12]
-    ]
-    titles = ("m x k x n", "in a step", "time of one", "TFLOP/s", "of a square product's")
-    return [*table(titles, lines), *reproduce(rows, "")]
+    """Matrix products of a step, those that take longest first; a table for each GPU and model."""
+    found = []
+    for gpu in results.gpus("products"):
+        rows = results.newest("products", gpu, *PRODUCT_KEYS)
+        for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
+            mine = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
+            mine.sort(key=lambda row: -row["count"] * row["p50_seconds"])
+            found += told(PRODUCT_TITLES, [_product_line(row) for row in mine[:12]], mine[:12])
+    return found[:-1] or unmeasured("python -m benchmarks.products")
 
 
 PRODUCT_KEYS = ("model", "batch", "m", "k", "n", "a_transposed", "b_transposed")
+PRODUCT_TITLES = ("model", "m x k x n", "in a step", "time of one", "TFLOP/s", "of a square product's")
+
+
+def _product_line(row: Row) -> tuple[str, ...]:
+    return (
+        f"{model_name(row)}, batch {row['batch']}",
+        f"{row['m']} x {row['k']} x {row['n']}",
+        str(row["count"]),
+        f"{row['p50_seconds'] * 1e6:.1f} us",
+        f"{row['flops_per_second'] / 1e12:.0f}",
+        f"{row['share_of_matrix']:.0%}",
+    )
 
 
 def optimizers(results: Results) -> list[str]:
-    """A step of AdamW by each library."""
-    lines, used = [], []
+    """A step of AdamW by each library; a table for each GPU."""
+    found = []
+    keys = ("model", "implementation")
     for gpu in results.gpus("optimizers"):
-        for row in results.newest("optimizers", gpu, "model", "implementation"):
-            used.append(row)
-            name = model_name(row)
-            if "p50_seconds" in row:
-                figures = (f"{row['p50_seconds'] * 1e3:.3f} ms", f"{row['share_of_copy']:.0%}", f"{row['error']:.1e}")
-            else:
-                figures = (row["skipped"], "", "")
-            lines.append((name, f"`{row['implementation']}`", *figures))
-    if not lines:
-        return unmeasured("python -m benchmarks.optimizers")
-    return [*table(("model", "AdamW", "step", "of a copy", "error"), lines), *reproduce(used, "")]
+        ran, skipped = results.newest("optimizers", gpu, *keys), results.newest("optimizers_skipped", gpu, *keys)
+        rows = newest([*skipped, *ran], keys)
+        found += told(("model", "AdamW", "step", "of a copy", "error"), [_optimizer_line(row) for row in rows], rows)
+    return found[:-1] or unmeasured("python -m benchmarks.optimizers")
+
+
+def _optimizer_line(row: Row) -> tuple[str, ...]:
+    what = (model_name(row), f"`{row['implementation']}`")
+    if "reason" in row:
+        return (*what, row["reason"], "", "")
+    return (*what, f"{row['p50_seconds'] * 1e3:.3f} ms", f"{row['share_of_copy']:.0%}", f"{row['error']:.1e}")
 
 
 def largest_batches(results: Results) -> list[str]:
-    """What fits into 24, 80 and 141 GB."""
-    lines, used = [], []
+    """What fits into 24, 80 and 141 GB; a table for each GPU."""
+    found = []
     for gpu in results.gpus("largest_batch"):
-        for row in results.newest("largest_batch", gpu, "model", "override", "precision", "arm", "budget_gb"):
-            used.append(row)
-            name = model_name(row)
-            size = "none" if row["largest_batch"] is None else str(row["largest_batch"])
-            lines.append((name, f"`{row['arm']}`", f"{row['budget_gb']:g} GB", size))
-    if not lines:
-        return unmeasured("python -m benchmarks.largest_batch")
-    return [*table(("model", "arm", "memory", "largest batch"), lines), *reproduce(used, "")]
+        rows = results.newest("largest_batch", gpu, "model", "override", "precision", "arm", "budget_gb")
+        rows.sort(key=lambda row: (row["model"], row["budget_gb"]))
+        found += told(("model", "arm", "memory", "largest batch", "images/s"), [_largest_line(r) for r in rows], rows)
+    return found[:-1] or unmeasured("python -m benchmarks.largest_batch")
+
+
+def _largest_line(row: Row) -> tuple[str, ...]:
+    what = (model_name(row), f"`{row['arm']}`", f"{row['budget_gb']:g} GB")
+    if row["largest_batch"] is None:
+        return (*what, "none", "")
+    return (*what, str(row["largest_batch"]), f"{row['training_images_per_second']:,.0f}")
 
 
 def pipeline(results: Results) -> list[str]:
@@ -174,7 +183,7 @@ def pipeline(results: Results) -> list[str]:
         for row in rows
     ]
     titles = ("model", "on", "arm", "loader", "images/s from files", "step alone", "loader alone", "waiting for data")
-    return [*missing(rows, "python -m benchmarks.pipeline"), *told(titles, lines, rows)]
+    return [*missing(rows, "python -m benchmarks.pipeline"), *told(titles, lines, rows)][:-1]
 
 
 def parity(results: Results) -> list[str]:
@@ -196,4 +205,4 @@ def parity(results: Results) -> list[str]:
                     )
                 )
     titles = ("model", "on", "arm", "final loss from `reference`'s", "two seeds from each other", "within the spread")
-    return [*missing(used, "python -m benchmarks.parity"), *told(titles, lines, used)]
+    return [*missing(used, "python -m benchmarks.parity"), *told(titles, lines, used)][:-1]

@@ -19,6 +19,7 @@ MEASURED = ("sgmim_fast", "kernels", "benchmarks")
 QUERY = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 SEEN = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts", "temperature.gpu": "celsius"}
 EVERY = 0.2  # seconds
+PATIENCE = 20.0  # seconds for an answer
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -52,10 +53,17 @@ def describe_gpu(device: torch.device) -> dict[str, str | int]:
     if (tool := shutil.which("nvidia-smi")) is None:
         return found | {"driver_version": "unknown: no nvidia-smi"}
     command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", f"--id=GPU-{properties.uuid}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return found | {"driver_version": f"unknown: nvidia-smi: {type(error).__name__}"}
     if done.returncode != 0:
         return found | {"driver_version": f"unknown: nvidia-smi ended with status {done.returncode}"}
-    return found | dict(zip(QUERY, done.stdout.strip().split(", "), strict=True))
+    # Warnings may stand above; of a part of a GPU some fields say [N/A].
+    values = done.stdout.strip().rpartition("\n")[2].split(", ")
+    if len(values) != len(QUERY):
+        return found | {"driver_version": f"unknown: nvidia-smi said {', '.join(values)!r}"}
+    return found | dict(zip(QUERY, values, strict=True))
 
 
 class ClockWatch:
@@ -70,13 +78,16 @@ class ClockWatch:
         if (tool := shutil.which("nvidia-smi")) is None:
             return
         command = [tool, f"--query-gpu={','.join(SEEN)}", "--format=csv,noheader,nounits", f"--id={gpu}"]
-        self._process = subprocess.Popen(
-            [*command, f"--loop-ms={EVERY * 1e3:.0f}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [*command, f"--loop-ms={EVERY * 1e3:.0f}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        except OSError:
+            return
         atexit.register(self._process.kill)
         threading.Thread(target=self._read, daemon=True).start()
 

@@ -48,7 +48,7 @@ from sgmim_fast.data.loading import build_loader
 from sgmim_fast.data.members import Pairs
 from sgmim_fast.data.scenes.synthetic import render_dataset
 from sgmim_fast.data.sources import open_pairs
-from sgmim_fast.errors import UserError, one_line_errors
+from sgmim_fast.errors import EXIT_PREEMPTED, UserError, one_line_errors
 from sgmim_fast.recipes import MODELS, RECIPES
 from sgmim_fast.train.optim import learning_rate
 
@@ -98,8 +98,13 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Train all arms side by side, write a row, print a line for each; 1 if one without FP8 ends beyond the spread."""
+    """Train all arms side by side, write a row and print a line for each.
+
+    Returns:
+        1 if one without FP8 ends beyond the spread; else 75 if the time did not suffice for all steps.
+    """
     check(options)
+    deadline = Deadline(options.seconds)
     device = torch.device(options.device)
     rows = harness.Rows(options.output, device)
     model = config_of(RECIPES["demo"]().model if options.model == "demo" else MODELS[options.model], options)
@@ -108,7 +113,7 @@ def compare(options: argparse.Namespace) -> int:
         return 0
     with data_set(options, model) as path:
         pairs = open_pairs(path, structure=model.guidance != "none")
-        histories, steps = train(options, model, path, pairs, device)
+        histories, steps = train(options, model, path, pairs, device, deadline)
     row = head_of(options, len(pairs)) | judged(histories, steps, options)
     rows.append(row)
     for arm, within in row["within_spread"].items():
@@ -118,7 +123,9 @@ def compare(options: argparse.Namespace) -> int:
             f"other: {'within' if within else 'BEYOND'} the spread; a step's loss off by "
             f"{row['largest_deviation'][arm]:.1e} at most"
         )
-    return int(not all(ok for arm, ok in row["within_spread"].items() if Variant.parse(arm).float8 == "off"))
+    if not all(ok for arm, ok in row["within_spread"].items() if Variant.parse(arm).float8 == "off"):
+        return 1
+    return 0 if steps == options.steps else EXIT_PREEMPTED
 
 
 def check(options: argparse.Namespace) -> None:
@@ -196,11 +203,11 @@ class History:
 
 
 def train(
-    options: argparse.Namespace, model: ModelConfig, path: Path, pairs: Pairs, device: torch.device
+    options: argparse.Namespace, model: ModelConfig, path: Path, pairs: Pairs, device: torch.device, deadline: Deadline
 ) -> tuple[list[History], int]:
     """Histories of reference, the other arms, reference with the other seeds; and how many steps they have."""
     first, *more = options.seeds
-    deadline, done = Deadline(options.seconds), 0
+    done = 0
 
     def history(name: str, seed: int) -> History:
         step = Step(model, Variant.parse(name), options.precision, "adamw", device, seed)

@@ -192,7 +192,7 @@ def measure(
     def new_loader() -> Loader:
         return build_loader(pairs, config, rank=0, world_size=1, device=device)
 
-    with deadline.limit(reserve=3 * options.repetitions * options.turn_seconds):
+    with deadline.limit(reserve=turns_seconds(options)):
         step = Step(model, variant, options.precision, options.optimizer, device)
         with new_loader() as batches:
             resident = {name: value.clone() for name, value in step.moved(next(batches)).items()}
@@ -228,6 +228,11 @@ def measure(
         "host_waiting_share": median(turn.host_waiting_share for turn in fed),
         "loss": loss.item(),
     }
+
+
+def turns_seconds(options: argparse.Namespace) -> float:
+    """Of one arm and loader: the step alone, the loader alone, and both."""
+    return float(3 * options.repetitions * options.turn_seconds)
 
 
 def line_of(row: Row) -> str:

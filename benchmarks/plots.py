@@ -11,24 +11,27 @@ from benchmarks.rows import Row
 
 def steps_cpu(results: Results) -> str | None:
     rows = results.steps(None)
-    return _steps("Forward and backward pass on a CPU, seconds a step", rows, 1.0) if rows else None
+    title = "Forward and backward pass on a CPU, seconds a step"
+    found = {_name(row): {"step": row["p50_seconds"]} for row in rows}
+    return svg.stacked(title, "p50", found) if rows else None
 
 
 def steps_gpu(results: Results) -> str | None:
     gpu = results.gpus("train_step")[0]
     rows = [row for row in results.steps(gpu) if bars.STEP.items() <= row.items()]
-    return _steps(f"Forward and backward pass, batch 128, bf16, {gpu}: milliseconds", rows, 1e3) if rows else None
+    parts = ("forward", "backward", "update")
+    found = {_name(row): {part: row[f"{part}_p50_seconds"] * 1e3 for part in parts} for row in rows}
+    return svg.stacked(f"A step, batch 128, bf16, {gpu}: milliseconds", "p50", found) if rows else None
 
 
-def _steps(title: str, rows: list[Row], scale: float) -> str:
-    names = {f"{model_name(row)}, {arm_of(row)}": row for row in rows}
-    return svg.stacked(title, "p50", {name: {"step": row["p50_seconds"] * scale} for name, row in names.items()})
+def _name(row: Row) -> str:
+    return f"{model_name(row)}, {arm_of(row)}"
 
 
 def memory_gpu(results: Results) -> str | None:
     gpu = results.gpus("train_step")[0]
     rows = [row for row in results.steps(gpu) if bars.STEP.items() <= row.items()]
-    bars_of = {f"{model_name(r)}, {arm_of(r)}": {"peak": r["step_memory_bytes"] / 1e9} for r in rows}
+    bars_of = {_name(row): {"peak": row["step_memory_bytes"] / 1e9} for row in rows}
     title = f"Memory of both passes beside weights and gradients, batch 128, bf16, {gpu}"
     return svg.stacked(title, "GB", bars_of) if rows else None
 

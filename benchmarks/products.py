@@ -105,7 +105,7 @@ def measure_one(product: Product, device: torch.device, seconds: float, fewest: 
         b = torch.randn((n, k) if b_transposed else (k, n), device=device, dtype=torch.bfloat16)
         pairs.append((a.t() if a_transposed else a, b.t() if b_transposed else b))
     call = lambda number: pairs[number][0] @ pairs[number][1]  # noqa: E731
-    return harness.measure(call, len(pairs), seconds, clock_of(device), fewest)
+    return harness.measure(call, len(pairs), seconds, clock_of(device), fewest, harness.evictor(size, device))
 
 
 def main() -> None:

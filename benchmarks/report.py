@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "cpu-steps": tables.cpu_steps,
     "main-steps": tables.main_steps,
     "gpu-steps": tables.gpu_steps,
+    "step-batches": tables.step_batches,
     "step-parts": tables.step_parts,
     "demands": tables.demands,
     "kernels": more_tables.kernels,

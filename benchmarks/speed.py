@@ -54,13 +54,14 @@ class Run:
         if function.prepare is not None:
             inputs = [function.prepare(one) for one in inputs]
         passes = Passes(function.call, inputs)
-        rows = [self.judged(self.time(passes.forward, len(inputs)), case.forward(width), "forward")]
+        time = partial(self.time, sets=len(inputs), size=size)
+        rows = [self.judged(time(passes.forward), case.forward(width), "forward")]
         if case.backward is not None:
             first, then = case.forward(width), case.backward(width)
             both = Work(first.bytes + then.bytes, first.flops + then.flops)
-            rows.append(self.judged(self.time(passes.kept().backward, len(inputs)), then, "backward"))
+            rows.append(self.judged(time(passes.kept().backward), then, "backward"))
             passes.outs.clear()
-            rows.append(self.judged(self.time(passes.both, len(inputs)), both, "both"))
+            rows.append(self.judged(time(passes.both), both, "both"))
         memory = harness.peak_bytes(partial(passes.both if case.backward else passes.forward, 0))
         return [head | row | {"peak_bytes": memory if self.on_gpu else None} for row in rows]
 
@@ -72,9 +73,11 @@ class Run:
         """How many sets of inputs of ``size`` bytes to take in turns."""
         return harness.input_sets(size, harness.l2_bytes(self.device)) if self.on_gpu else 1
 
-    def time(self, call: Callable[[int], Any], sets: int) -> Times:
+    def time(self, call: Callable[[int], Any], sets: int, size: int) -> Times:
+        """Of a call on ``sets`` sets of inputs of ``size`` bytes in turns."""
         seconds, fewest = (0.0, 1) if self.smoke else (0.1, harness.FEWEST_RUNS)
-        return harness.measure(call, sets, seconds, clock_of(self.device), fewest)
+        evict = harness.evictor(size, self.device)
+        return harness.measure(call, sets, seconds, clock_of(self.device), fewest, evict)
 
     def copies(self, case: Case, width: int) -> list[dict[str, Any]]:
         """A plain copy that moves as many bytes as each pass must."""
@@ -86,7 +89,7 @@ class Run:
                 sources = [source] + [source.clone() for _ in range(self.sets(floor) - 1)]
                 targets = [torch.empty_like(source) for _ in sources]
                 call = partial(lambda to, of, number: to[number].copy_(of[number]), targets, sources)
-                found.append({"correct": True} | self.judged(self.time(call, len(sources)), Work(floor), part))
+                found.append({"correct": True} | self.judged(self.time(call, len(sources), floor), Work(floor), part))
         return found
 
     def judged(self, times: Times, work: Work, part: str) -> dict[str, Any]:

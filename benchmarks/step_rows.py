@@ -51,8 +51,9 @@ def finished_row(
     arm = arms[name]
     yardstick, first = next(iter(arms.items()))
     p20, p50, p80 = percentiles([turn.passes for turn in arm.turns])
-    forward, backward, update, step = (
-        median(getattr(turn, part) for turn in arm.turns) for part in ("forward", "backward", "update", "step")
+    step_p20, step, step_p80 = percentiles([turn.step for turn in arm.turns])
+    forward, backward, update = (
+        median(getattr(turn, part) for turn in arm.turns) for part in ("forward", "backward", "update")
     )
     off, error = deviations(arm.result, first.result), deviations(arm.result, truth)
     row = head_of(options, size, arm.runner.variant) | {
@@ -64,7 +65,9 @@ def finished_row(
         "forward_p50_seconds": forward,
         "backward_p50_seconds": backward,
         "update_p50_seconds": update,
+        "step_p20_seconds": step_p20,
         "step_p50_seconds": step,
+        "step_p80_seconds": step_p80,
         "p50_time_ratio": ratio(arm, first, "passes"),
         "yardstick": yardstick,
         "ratios": ratios(arms, arm, "passes"),

@@ -1,10 +1,11 @@
 """Markdown tables of training steps, and of what is demanded. What has not been measured says so."""
 
+import re
 from collections.abc import Sequence
 
 from benchmarks import bars
-from benchmarks.recorded import WORDS, Results, arm_of, commands, model_name
-from benchmarks.rows import Row
+from benchmarks.recorded import SKIPPED_KEYS, WORDS, Results, arm_of, commands, model_name
+from benchmarks.rows import Row, newest
 
 NOT_MEASURED = "not measured"
 GPU_ARMS = (
@@ -17,11 +18,15 @@ GPU_ARMS = (
     "triton+graphs",
 )
 MAIN_ARMS = ("reference", "reference+compile", "triton", "triton+compile")
+PEER_MODEL, PEER_ARMS = "simmim_swin_base", ("reference", "timm", "timm+compile", "triton")
+"""timm's encoders have no guidance, so they are held against the model without it."""
 MEASURE_STEPS = "make gpu-check SLICE=step"
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [[cell.replace("|", r"\|") for cell in row] for row in (titles, *rows)]  # as some errors hold
+    head, *others = (f"| {' | '.join(line)} |" for line in lines)
+    return [head, "|" + "---|" * len(titles), *others]
 
 
 def reproduce(rows: Sequence[Row], otherwise: str) -> list[str]:
@@ -63,62 +68,107 @@ def cpu_steps(results: Results) -> list[str]:
 
 
 def where(rows: Sequence[Row]) -> list[str]:
-    """Machine and versions, a line for each that differs."""
+    """Machine, versions and state of the code, a line for each that differs."""
     found = []
     for row in rows:
         seen = row["environment"]
-        place = seen.get("gpu") or f"{row.get('threads', seen['cores'])} cores of an {seen['cpu']}"
-        versions = f"torch {seen['torch']}, commit {seen['commit'][:7]}"
-        found.append(f"Measured in {row['precision']} on {place}, {versions}.")
+        kind = f" in {row['precision']}" if "precision" in row else ""
+        if gpu := seen.get("gpu"):
+            place = f"{gpu} (driver {seen.get('driver_version', 'unknown')})"
+            versions = f"torch {seen['torch']}, Triton {seen.get('triton', 'unknown')}"
+        else:
+            place, versions = f"{row.get('threads', seen['cores'])} cores of an {seen['cpu']}", f"torch {seen['torch']}"
+        found.append(f"Measured{kind} on {place}, {versions}, {state(seen)}.")
     return list(dict.fromkeys(found))
+
+
+def state(environment: Row) -> str:
+    """Of the code that was measured: its commit, or the digest of the sources where no commit is all of it."""
+    commit = str(environment["commit"])
+    digest = f"sources {environment.get('sources', 'unknown')}"
+    if not re.fullmatch(r"[0-9a-f]{7,}(\+changes)?", commit):
+        return digest
+    return f"commit {commit[:7]}" + (f" with changes ({digest})" if commit.endswith("+changes") else "")
 
 
 def main_steps(results: Results) -> list[str]:
     """Of the main model on the first GPU, for the README."""
-    return _gpu_steps(results, results.gpus("train_step")[0], (bars.MAIN_MODEL,), MAIN_ARMS)
+    return _gpu_steps(results, results.gpus("train_step")[0], [(bars.MAIN_MODEL, arm) for arm in MAIN_ARMS])
 
 
 def gpu_steps(results: Results) -> list[str]:
     """Of every model on every GPU."""
+    wanted = [(model, arm) for model in (bars.MAIN_MODEL, *bars.MODELS) for arm in GPU_ARMS]
+    wanted += [(PEER_MODEL, arm) for arm in PEER_ARMS]
     lines = []
     for gpu in results.gpus("train_step"):
-        lines += [f"### {gpu}", "", *_gpu_steps(results, gpu, (bars.MAIN_MODEL, *bars.MODELS), GPU_ARMS), ""]
+        lines += [f"### {gpu}", "", *_gpu_steps(results, gpu, wanted), ""]
     return lines[:-1]
 
 
-def _gpu_steps(results: Results, gpu: str, models: Sequence[str], arms: Sequence[str]) -> list[str]:
+def _gpu_steps(results: Results, gpu: str, wanted: Sequence[tuple[str, str]]) -> list[str]:
     every = [row for row in results.steps(gpu) if bars.STEP.items() <= row.items()]
+    skipped = [row for row in results.skipped_steps(gpu) if bars.STEP.items() <= row.items()]
     used, lines = [], []
-    for model in models:
-        for arm in arms:
-            row = next((row for row in every if row["model"] == model and arm_of(row) == arm), None)
-            if row is None:
-                lines.append((WORDS[model], f"`{arm}`", NOT_MEASURED, *("" for _ in range(5))))
-                continue
-            used.append(row)
-            times = " / ".join(f"{row[f'{p}_seconds'] * 1e3:.1f}" for p in ("p20", "p50", "p80"))
-            lines.append(
-                (
-                    WORDS[model],
-                    f"`{arm}`",
-                    f"{times} ms",
-                    f"{row['images_per_second']:,.0f}",
-                    against(row, "reference"),
-                    against(row, "reference+compile"),
-                    f"{row['step_memory_bytes'] / 1e9:.2f} GB",
-                    f"{row['share_of_matrix']:.0%}",
-                )
+    for model, arm in wanted:
+        row = _of(every, model, arm)
+        if row is None:
+            reason = f": {why['reason']}" if (why := _of(skipped, model, arm)) else ""
+            lines.append((WORDS[model], f"`{arm}`", NOT_MEASURED + reason, *("" for _ in range(6))))
+            continue
+        used.append(row)
+        times = " / ".join(f"{row[f'step_{p}_seconds'] * 1e3:.1f}" for p in ("p20", "p50", "p80"))
+        lines.append(
+            (
+                WORDS[model],
+                f"`{arm}`",
+                f"{times} ms",
+                f"{row['p50_seconds'] * 1e3:.1f} ms",
+                f"{row['training_images_per_second']:,.0f}",
+                against(row, "reference"),
+                against(row, "reference+compile"),
+                f"{row['step_memory_bytes'] / 1e9:.2f} GB",
+                f"{row['step_share_of_matrix']:.0%}",
             )
-    titles = ("model", "arm", "passes (p20 / p50 / p80)", "images/s", "faster than `reference`",
+        )
+    titles = ("model", "arm", "step (p20 / p50 / p80)", "both passes", "images/s", "faster than `reference`",
               "than `reference+compile`", "memory of the passes", "of the matrix rate")  # fmt: skip
     place = where(used) if used else [f"{gpu}, bf16, batch 128: {NOT_MEASURED}. To measure:"]
     return [*place, "", *table(titles, lines), *reproduce(used, MEASURE_STEPS)]
 
 
+def _of(rows: Sequence[Row], model: str, arm: str) -> Row | None:
+    return next((row for row in rows if row["model"] == model and arm_of(row) == arm), None)
+
+
 def against(row: Row, arm: str) -> str:
     """How many times faster than an arm of the same run."""
-    ratio = row.get("ratios", {}).get(arm)
+    ratio = row.get("step_ratios", {}).get(arm)
     return "" if ratio is None else f"x {1 / ratio:.2f}"
+
+
+def step_batches(results: Results) -> list[str]:
+    """At other batch sizes than that of the demands, of every GPU; what did not fit or run says why."""
+    found = []
+    for gpu in results.gpus("train_step"):
+        every = newest([*results.skipped_steps(gpu), *results.steps(gpu)], SKIPPED_KEYS)
+        rows = [row for row in every if row["batch"] != bars.STEP["batch"]]
+        if not rows:
+            continue
+        lines = [_batch_line(row) for row in sorted(rows, key=lambda row: (row["model"], row["batch"]))]
+        titles = ("model", "batch", "arm", "step", "images/s", "faster than `reference`", "memory of the passes")
+        found += [*where(rows), "", *table(titles, lines), *reproduce(rows, ""), ""]
+    if not found:
+        return [f"On a GPU: {NOT_MEASURED}. To measure:", *reproduce([], "make gpu-check SLICE=runs")]
+    return found[:-1]
+
+
+def _batch_line(row: Row) -> tuple[str, ...]:
+    what = (model_name(row), str(row["batch"]), f"`{arm_of(row)}`")
+    if "reason" in row:
+        return (*what, row["reason"], "", "", "")
+    rate, memory = f"{row['training_images_per_second']:,.0f}", f"{row['step_memory_bytes'] / 1e9:.2f} GB"
+    return (*what, f"{row['step_p50_seconds'] * 1e3:.1f} ms", rate, against(row, "reference"), memory)
 
 
 def step_parts(results: Results) -> list[str]:

@@ -8,7 +8,6 @@ A verdict is a row of ``benchmarks/results/tests.jsonl`` and holds for the sourc
 import argparse
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Rows
-from benchmarks.origin import ROOT
+from benchmarks.processes import ROOT, run_for
 from benchmarks.rows import alike, read
 from sgmim_fast.errors import EXIT_PREEMPTED, UserError, one_line_errors
 
@@ -99,18 +98,7 @@ def run_tests(name: str, deadline: float, beside: int, select: str) -> tuple[Ver
     log = LOGS / f"{name}.log"
     start = time.monotonic()
     with log.open("w") as output:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=max(0.0, deadline - start),
-            )
-            status: int | None = done.returncode
-        except subprocess.TimeoutExpired:
-            status = None
+        status = run_for(command, deadline - start, output)
     return judge(log.read_text(), status), time.monotonic() - start
 
 

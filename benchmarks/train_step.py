@@ -23,8 +23,9 @@ Rows of ``benchmarks/results/train_step.jsonl``, each with its environment. "ben
     steps, steps_a_turn           turns of the arm, and steps in each
     ready_seconds                 until the arm was warm, compilation included
     p20_, p50_, p80_seconds       forward and backward pass; images_per_second = batch / p50_seconds
-    forward_, backward_, update_, step_p50_seconds    parts, and the whole step: passes, clipping, optimizer, new
-                                  weights in the model's type; training_images_per_second = batch / step_p50_seconds
+    forward_, backward_, update_p50_seconds    parts
+    step_p20_, step_p50_, step_p80_seconds     the whole step: passes, clipping, optimizer, new weights in the model's
+                                  type; training_images_per_second = batch / step_p50_seconds
     p50_time_ratio, yardstick     median of each step's time over its neighbour's of the first arm that ran
     ratios, step_ratios           the same against each arm of backend "reference", passes alone and whole steps
     activation_bytes              what forward keeps for backward; None with CUDA graphs, whose pool hides it
@@ -161,7 +162,7 @@ def compare_at(
         assert truth is not None, "an arm ran"
         row = finished_row(options, size, arms, name, truth, flops, ceilings)
         if not options.no_parts:
-            row |= where_time_goes(arms[name])
+            row |= where_time_goes(arms[name], deadline)
         rows.append(row)
         print(line_of(row), flush=True)
     return failed
@@ -200,8 +201,11 @@ def ready(
     return arms, truth, reasons
 
 
-def where_time_goes(arm: Arm) -> dict[str, Any]:
-    """What the profiler tells of one step more; a profiler that fails leaves the times as they are."""
+def where_time_goes(arm: Arm, deadline: Deadline) -> dict[str, Any]:
+    """What the profiler tells of one step more; a profiler that fails, or has no time left, leaves the times as they
+    are."""
+    if deadline.left() <= 0:
+        return {"parts": None, "parts_failed": "the time given by --seconds is over"}
     try:
         found = profiled(arm.runner)
     except Exception as error:

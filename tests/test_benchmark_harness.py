@@ -8,6 +8,7 @@ import sysconfig
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,12 +103,36 @@ def test_measure_makes_few_runs_of_what_is_slow_and_many_of_what_is_fast() -> No
     assert harness.FEWEST_RUNS < runs(0.02) < harness.MOST_RUNS
 
 
-def test_inputs_outgrow_the_cache() -> None:
-    for size in (1 << 20, 50 << 20, 1 << 30):
-        assert (harness.input_sets(size, 60 << 20) - 1) * size >= 2 * (60 << 20) or harness.input_sets(
-            size, 60 << 20
-        ) == 64
-    assert harness.input_sets(1, 60 << 20) == 64
+def test_inputs_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their number, or, where they are too small for that, because something else is read in between."""
+    held = 6 << 20
+    monkeypatch.setattr(harness, "l2_bytes", lambda device: held)
+    for size in (1, 10_000, 200_000, 1 << 20, 5 << 20, 1 << 30):
+        sets, evict = harness.input_sets(size, held), harness.evictor(size, torch.device("cpu"))
+        assert 2 <= sets <= harness.MOST_SETS
+        assert ((sets - 1) * size >= 2 * held) == (evict is None)
+        if evict is not None:
+            assert sets == harness.MOST_SETS
+            assert evict.args[0].nbytes == 2 * held
+            assert evict().item() == 0.0
+    monkeypatch.setattr(harness, "l2_bytes", lambda device: 0)
+    assert harness.evictor(1, torch.device("cpu")) is None
+
+
+def test_what_empties_the_cache_is_not_timed() -> None:
+    clock, order = MadeUpClock(), list[str]()
+
+    def evict() -> None:
+        order.append("evict")
+        clock.work(5.0)
+
+    def call(number: int) -> None:
+        order.append("call")
+        clock.work(1.0)
+
+    times = harness.measure(call, seconds=0.0, clock=clock, evict=evict)
+    assert (times.p20, times.p80) == (1.0, 1.0)
+    assert order[-2 * times.runs :] == ["evict", "call"] * times.runs
 
 
 def test_a_smoke_run_measures_once() -> None:
@@ -227,6 +252,39 @@ def test_clocks_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_nvidia_smi_no_clocks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert origin.ClockWatch("GPU-1").seen() == {}
+
+
+@pytest.mark.parametrize(
+    ("script", "driver", "clock"),
+    [
+        ("echo '580.1, 345 MHz, 3201 MHz, 1980 MHz, 700.00 W, 40'", "580.1", "345 MHz"),
+        ("echo 'WARNING: infoROM is corrupted'; echo '580.1, [N/A], 1 MHz, 2 MHz, [N/A], 40'", "580.1", "[N/A]"),
+        ("echo 'No devices were found'; exit 6", "unknown: nvidia-smi ended with status 6", None),
+        ("echo 'No devices were found'", "unknown: nvidia-smi said 'No devices were found'", None),
+        ("", "unknown: nvidia-smi said ''", None),
+        ("exec sleep 60", "unknown: nvidia-smi: TimeoutExpired", None),
+        (None, "unknown: nvidia-smi: PermissionError", None),
+    ],
+)
+def test_what_nvidia_smi_cannot_tell_ends_nothing(
+    script: str | None, driver: str, clock: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755 if script is not None else 0o644)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(origin.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(origin, "PATIENCE", 2.0)
+    card = {"major": 9, "minor": 0, "multi_processor_count": 132, "L2_cache_size": 1, "total_memory": 2, "uuid": "1"}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**card))
+    found = origin.describe_gpu(torch.device("cuda"))
+    assert found["driver_version"] == driver
+    assert found.get("clocks.sm") == clock
+    assert found["multiprocessors"] == 132
+    watch = origin.ClockWatch("GPU-1")
+    assert watch.seen() == {} or script is not None
+    if process := getattr(watch, "_process", None):
+        process.kill()
 
 
 def test_benchmarks_need_torch_triton_numpy_and_timm_alone() -> None:

@@ -18,7 +18,12 @@ from benchmarks.rows import Row, read
 from sgmim_fast.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-H200 = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "0123456789", "cpu": "EPYC", "cores": 16, "command": "x"}
+H200 = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "0123456789", "cpu": "EPYC", "cores": 16, "command": "x"} | {
+    "driver_version": "580.1",
+    "triton": "3.6.0",
+    "sources": "fedcba",
+}
+H100 = H200 | {"gpu": "NVIDIA H100 80GB HBM3", "commit": "installed"}
 CEILINGS = {"copy_bytes_per_second": 4e12, "matrix_flops_per_second": 8e14, "launch_seconds": 2e-6}
 
 
@@ -35,11 +40,13 @@ def step(arm: str, seconds: float, **more: Any) -> Row:
         "benchmark": "train_step",
         **{"model": "sgmim_swin_base", "override": [], "batch": 128, "precision": "bf16", "device": "cuda", "arm": arm},
         **{"backend": backend, "attention": "auto", "compiled": bool(word), "optimizer": "adamw"},
-        **{"p20_seconds": seconds * 0.9, "p50_seconds": seconds, "p80_seconds": seconds * 1.1},
+        **{"p20_seconds": seconds * 0.8, "p50_seconds": seconds * 0.9, "p80_seconds": seconds},
+        **{f"{part}_p50_seconds": seconds * x for part, x in (("forward", 0.3), ("backward", 0.6), ("update", 0.1))},
+        **{f"step_{p}_seconds": seconds * factor for p, factor in (("p20", 0.9), ("p50", 1.0), ("p80", 1.1))},
         **{
-            "images_per_second": 128 / seconds,
-            "ratios": {"reference": seconds / 0.3},
-            "share_of_matrix": 0.05 / seconds,
+            "training_images_per_second": more.get("batch", 128) / seconds,
+            "step_ratios": {"reference": seconds / 0.3},
+            "step_share_of_matrix": 0.05 / seconds,
         },
         **{"step_memory_bytes": 10**10, "ceilings": CEILINGS},
     }
@@ -125,7 +132,7 @@ def test_blocks_replace_what_was_there(tmp_path: Path) -> None:
     old = "a\n<!-- benchmarks:parity -->\nold\n<!-- /benchmarks:parity -->\nb\n"
     new = report.fill(old, Path("page.md"), results(tmp_path / "none"), {})
     assert new.startswith("a\n<!-- benchmarks:parity -->\nOn a GPU: not measured.")
-    assert new.endswith("\n    python -m benchmarks.parity\n\n<!-- /benchmarks:parity -->\nb\n")
+    assert new.endswith("\n    python -m benchmarks.parity\n<!-- /benchmarks:parity -->\nb\n")
     assert report.fill(new, Path("page.md"), results(tmp_path / "none"), {}) == new
 
 
@@ -160,14 +167,61 @@ def test_steps_of_a_gpu(tmp_path: Path) -> None:
         step("triton", 0.01, environment=H200 | {"gpu": "NVIDIA A100"}),
     )
     lines = tables.main_steps(found)
-    assert lines[0] == "Measured in bf16 on NVIDIA H200, torch 2.11.0, commit 0123456."
-    assert "| Swin-B, 192 px | `triton` | 90.0 / 100.0 / 110.0 ms | 1,280 | x 3.00 |  | 10.00 GB | 50% |" in lines
-    assert "| Swin-B, 192 px | `triton+compile` | not measured |  |  |  |  |  |" in lines
+    assert lines[0] == ("Measured in bf16 on NVIDIA H200 (driver 580.1), torch 2.11.0, Triton 3.6.0, commit 0123456.")
+    assert (
+        "| Swin-B, 192 px | `triton` | 90.0 / 100.0 / 110.0 ms | 90.0 ms | 1,280 | x 3.00 |  | 10.00 GB | 50% |"
+        in lines
+    )
+    assert "| Swin-B, 192 px | `triton+compile` | not measured |  |  |  |  |  |  |" in lines
     every = tables.gpu_steps(found)
     assert [line for line in every if line.startswith("#")] == ["### NVIDIA H200", "### NVIDIA A100"]
     demands = "\n".join(tables.demands(found))
     assert "| step of sgmim_swin_base | >= 3.0x plain, eager | x4.00 | met |" in demands
     assert "| step of sgmim_swin_base | >= 1.4x plain, compiled |  | not measured |" in demands
+
+
+def test_other_batch_sizes_and_what_did_not_fit(tmp_path: Path) -> None:
+    large = step("reference", 1.0, batch=512, benchmark="train_step_skipped", reason="out of memory")
+    late = step("reference+autotune", 1.0, benchmark="train_step_skipped", reason="it was not ready after 60 s")
+    found = results(tmp_path / "rows", step("triton", 0.1), step("triton", 0.3, batch=512), large, late)
+    lines = tables.step_batches(found)
+    assert "| Swin-B, 192 px | 512 | `triton` | 300.0 ms | 1,707 | x 1.00 | 10.00 GB |" in lines
+    assert "| Swin-B, 192 px | 512 | `reference` | out of memory |  |  |  |" in lines
+    assert not any("| 128 |" in line.split("`")[0] for line in lines)
+    assert not any("autotune" in line for line in lines)
+    assert "| Swin-B, 192 px | `reference+autotune` | not measured: it was not ready after 60 s |" in "\n".join(
+        tables.gpu_steps(found)
+    )
+    retried = results(tmp_path / "rows", step("reference", 2.0, batch=512))
+    assert not any("out of memory" in line for line in tables.step_batches(retried))
+
+
+def test_timms_encoder_stands_beside_ours(tmp_path: Path) -> None:
+    lines = tables.gpu_steps(results(tmp_path / "rows", step("timm", 0.1, model="simmim_swin_base")))
+    assert any(line.startswith("| Swin-B, 192 px, SimMIM | `timm` | 90.0 / 100.0") for line in lines)
+
+
+def test_cards_are_named_and_not_mixed(tmp_path: Path) -> None:
+    common = {"model": "sgmim_swin_base", "override": [], "batch": 128, "precision": "bf16", "arm": "triton"}
+    product = {"m": 1, "k": 2, "n": 3, "count": 4, "flops_per_second": 1e12, "share_of_matrix": 0.5}
+    product |= {"a_transposed": False, "b_transposed": True, "p50_seconds": 1e-3}
+    largest = {"budget_gb": 24.0, "largest_batch": 96, "training_images_per_second": 1.0}
+    adamw = {"implementation": "adamw", "p50_seconds": 1e-3, "share_of_copy": 0.75, "error": 1e-7}
+    rows = [
+        kernel("triton", 2e-4),
+        {"benchmark": "products", **common, **product},
+        {"benchmark": "optimizers", **common, **adamw},
+        {"benchmark": "largest_batch", **common, **largest},
+    ]
+    found = results(tmp_path / "rows", *(row | {"environment": card} for card in (H100, H200) for row in rows))
+    for make in (more_tables.kernels, more_tables.products, more_tables.optimizers, more_tables.largest_batches):
+        lines = make(found)
+        heads = [line for line in lines if line.startswith("Measured")]
+        assert ["H200" in head for head in heads] == [True, False]
+        assert "H100 80GB HBM3 (driver 580.1)" in heads[1]
+        assert heads[1].endswith("sources fedcba.")  # no commit says what was measured
+        assert sum(line.startswith("|---") for line in lines) == 2
+        assert lines[-1] != ""
 
 
 def test_parts_of_a_step(tmp_path: Path) -> None:
@@ -196,9 +250,11 @@ def test_whole_runs(tmp_path: Path) -> None:
     common = {"model": "sgmim_swin_base", "override": [], "batch": 128, "precision": "bf16", "arm": "triton"}
     found = results(
         tmp_path / "rows",
-        {"benchmark": "largest_batch", **common, "budget_gb": 24.0, "largest_batch": 96},
+        {"benchmark": "largest_batch", **common, "budget_gb": 24.0, "largest_batch": 96}
+        | {"training_images_per_second": 1234.0},
         {"benchmark": "largest_batch", **common, "budget_gb": 8.0, "largest_batch": None},
-        {"benchmark": "optimizers", "model": "sgmim_swin_base", "implementation": "apex", "skipped": "not installed"},
+        {"benchmark": "optimizers_skipped", "model": "sgmim_swin_base", "implementation": "apex"}
+        | {"reason": "not installed"},
         {"benchmark": "optimizers", "model": "sgmim_swin_base", "implementation": "adamw", "p50_seconds": 1e-3}
         | {"share_of_copy": 0.75, "error": 1e-7},
         {"benchmark": "pipeline", **common, "loader": "dali", "workers": 16, "data": "scenes"}
@@ -221,8 +277,8 @@ def test_whole_runs(tmp_path: Path) -> None:
             ]
         },
     )
-    assert "| Swin-B, 192 px | `triton` | 24 GB | 96 |" in more_tables.largest_batches(found)
-    assert "| Swin-B, 192 px | `triton` | 8 GB | none |" in more_tables.largest_batches(found)
+    assert "| Swin-B, 192 px | `triton` | 24 GB | 96 | 1,234 |" in more_tables.largest_batches(found)
+    assert "| Swin-B, 192 px | `triton` | 8 GB | none |  |" in more_tables.largest_batches(found)
     assert "| Swin-B, 192 px | `apex` | not installed |  |  |" in more_tables.optimizers(found)
     assert "| Swin-B, 192 px | `adamw` | 1.000 ms | 75% | 1.0e-07 |" in more_tables.optimizers(found)
     assert "| 1,234 | 1,300 | 5,000 | 3.4% |" in "\n".join(more_tables.pipeline(found))
@@ -268,6 +324,9 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
         assert picture == plots.PLOTS[name](Results(tmp_path / "rows"))
         assert ElementTree.fromstring(picture).tag.endswith("svg")
     assert picture.count("<rect") == 2  # the ground and one bar
+    parts = plots.PLOTS["steps-gpu"](found)
+    assert parts is not None
+    assert parts.count("<rect") == 1 + 3 + 3  # and their legend
 
 
 def test_bars_are_as_long_as_their_values() -> None:

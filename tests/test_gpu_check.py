@@ -1,6 +1,7 @@
 """The check on a GPU, as far as it can be tried without one: what is demanded, its slices, and that it goes on."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bars, gpu_check, memcheck
+from benchmarks import bars, gpu_check, memcheck, pipeline
 from benchmarks.rows import Rows, read
 from benchmarks.slices import RESULT_FILES, SLICES, Slice, Step
 
@@ -52,10 +53,13 @@ def step_row(backend: str, seconds: float, compiled: bool = False, **more: Any) 
         "precision": "bf16",
         "batch": 128,
         "override": [],
+        "optimizer": "adamw",
         "environment": GPU,
-        "p50_seconds": seconds,
+        "p50_seconds": seconds / 2,
+        "step_p50_seconds": seconds,
         "step_memory_bytes": int(seconds * 1e9),
-        "share_of_matrix": 0.1 / seconds,
+        "share_of_matrix": 0.2 / seconds,
+        "step_share_of_matrix": 0.1 / seconds,
     }
     return row | more
 
@@ -85,15 +89,16 @@ def test_bars_of_kernels() -> None:
             kernel_row("triton", 4e-6, **(small | {"op": "masked_l1"})),
         ]
     )
-    names = "window_attention forward, windows 6, 7, 12", ">= 70% of a copy of its bytes"
-    assert found[names] == (False, "50% (Swin-L, forward)")
-    names = "window_attention backward, windows 6, 7, 12", ">= 60% of a copy of its bytes"
+    names = "window_attention forward, windows 6, 7, 12, batch 32 and more", ">= 70% of a copy of its bytes"
+    assert found[names] == (False, "50% (Swin-L, batch 128, forward)")
+    names = "window_attention backward, windows 6, 7, 12, batch 32 and more", ">= 60% of a copy of its bytes"
     assert found[names] == (None, "-")
-    assert found["attention, every shape", "faster than every peer"] == (False, "x0.92 (Swin-B, forward)")
-    assert found["guidance_attention", ">= 2x SDPA over all tokens"] == (True, "x2.20 (guidance, forward)")
-    assert found["gather_rows", ">= 80% of a copy of its bytes"] == (True, "91% (many, forward)")
-    assert found["gather_rows, small", "<= 3 us beyond an empty launch"] == (False, "4.0 us (few, forward)")
-    assert found["masked_l1, small", "<= 3 us beyond an empty launch"] == (True, "2.0 us (few, forward)")
+    assert found["attention, every shape", "faster than every peer"] == (False, "x0.92 (Swin-B, batch 128, forward)")
+    assert found["guidance_attention", ">= 2x SDPA over all tokens"] == (True, "x2.20 (guidance, batch 128, forward)")
+    assert found["gather_rows", ">= 80% of a copy of its bytes"] == (True, "91% (many, batch 128, forward)")
+    demand, where = "<= 3 us beyond an empty launch", "(few, batch 128, forward)"
+    assert found["gather_rows, small", demand] == (False, f"4.0 us, of which 1.0 us for its bytes {where}")
+    assert found["masked_l1, small", demand] == (True, f"2.0 us, of which 1.0 us for its bytes {where}")
     assert found["scatter_rows", ">= 80% of a copy of its bytes"] == (None, "-")
 
 
@@ -105,6 +110,7 @@ def test_bars_of_the_training_step() -> None:
             step_row("reference", 0.4, compiled=True),
             step_row("triton", 0.01, batch=32),
             step_row("triton", 0.01, precision="fp32"),
+            step_row("triton", 0.01, optimizer="none"),
             step_row("triton", 0.01, environment={"cpu": "EPYC"}),
             step_row("triton", 0.35),
             step_row("triton", 0.3, compiled=True, step_memory_bytes=500_000_000),
@@ -124,13 +130,13 @@ def test_bars_of_the_training_step() -> None:
 def test_a_peer_in_an_attention_layer_counts() -> None:
     layer = {"op": "attention_layer", "case": "a layer", "pass": "both"}
     found = verdicts([kernel_row("triton", 2e-3, **layer), kernel_row("timm-fused", 1e-3, **layer)])
-    assert found["attention, every shape", "faster than every peer"] == (False, "x0.50 (a layer, both)")
+    assert found["attention, every shape", "faster than every peer"] == (False, "x0.50 (a layer, batch 128, both)")
 
 
 def test_table_of_bars() -> None:
     lines = bars.table(bars.bars([kernel_row("triton", 1.2e-3)])).splitlines()
     assert lines[0].split("  ")[0].strip() == "pass"
-    assert lines[0].endswith("83% (Swin-B, forward)")
+    assert lines[0].endswith("83% (Swin-B, batch 128, forward)")
     assert any(line.startswith("not measured") for line in lines)
     assert len({line.index(">= 3.0x plain") for line in lines if ">= 3.0x plain" in line}) == 1
 
@@ -165,6 +171,16 @@ def test_slices_fit_into_the_time() -> None:
     assert {step.file for one in SLICES for step in one.steps} <= set(RESULT_FILES)
     listed = gpu_check.listing().splitlines()
     assert [line.split()[0] for line in listed] == [*(one.name for one in SLICES), "all"]
+
+
+def test_the_pipeline_has_time_for_its_turns() -> None:
+    """It begins no arm whose turns do not fit any more."""
+    steps = [step for one in SLICES for step in one.steps if step.module == "pipeline"]
+    assert steps
+    for step in steps:
+        options = pipeline.arguments().parse_args(step.words)
+        turns = pipeline.turns_seconds(options)
+        assert turns < (step.seconds - gpu_check.LEAST_SECONDS) / 2, "the rest is for making it ready"
 
 
 @pytest.mark.parametrize("words", ["words", "smoke"])
@@ -255,6 +271,35 @@ def test_commands_are_stopped_with_their_children(tmp_path: Path, monkeypatch: p
     child = Path("/proc", (tmp_path / "child").read_text().strip())
     assert ends(child)
     assert gpu_check.finished("test", ["bash", "-c", "exit 3"], 20.0) == 3
+
+
+def test_a_command_leaves_nothing_running_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.0)
+    assert gpu_check.finished("test", ["bash", "-c", f"sleep 60 & echo $! > {tmp_path}/child"], 20.0) == 0
+    assert ends(Path("/proc", (tmp_path / "child").read_text().strip()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_check_has_started_ends_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    script = (
+        "from benchmarks import gpu_check, processes\n"
+        "processes.leave_in_order()\n"
+        f"gpu_check.finished('test', ['bash', '-c', 'echo $$ > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/child; "
+        "sleep 60'], 60.0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "child").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child = Path("/proc", (tmp_path / "child").read_text().strip())
+        assert (child / "status").exists()
+        process.send_signal(number)
+        assert process.wait(20) == (143 if number == signal.SIGTERM else -number)
+        assert ends(child)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def ends(process: Path, seconds: float = 20.0) -> bool:

@@ -89,7 +89,8 @@ def test_arms_that_cannot_run_here_leave_their_reason(
 def test_trainings_end_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Deadline, "left", lambda self: 0.0)
     status, row = run(monkeypatch, tmp_path / "rows.jsonl", "--steps", "8", "--last", "2", "--backends", "torch")
-    assert status == 0
+    assert status in (75, 1)  # to be gone on with; or, of so few steps, beyond the spread
+    assert status == (75 if row["within_spread"]["torch"] else 1)
     assert (row["steps"], row["planned_steps"], row["points"]) == (2, 8, [1, 2])
 
 

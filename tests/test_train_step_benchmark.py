@@ -1,8 +1,10 @@
 """The benchmark of the training step and of its optimizers: what it measures, and what it makes of what goes wrong."""
 
 import argparse
+import contextlib
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,9 +330,14 @@ def test_launches_and_top_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row["name"], row["count"]) for row in found["top_kernels"]] == [("a", 2), ("b", 1)]
     monkeypatch.setattr(step_profile, "_record", lambda *_: launches)
     ready = Arm(runner, Result(0.0, {}), None, 0, 2, 0.0)
-    assert "no work of the GPU" in train_step.where_time_goes(ready)["parts_failed"]
+    assert "no work of the GPU" in train_step.where_time_goes(ready, deadline.Deadline(None))["parts_failed"]
     monkeypatch.setattr(step_profile, "_record", lambda *_: events)
-    assert train_step.where_time_goes(ready) | found == found | {"cuda_graphs": True, "cuda_graph_skips": 2}
+    late = train_step.where_time_goes(ready, deadline.Deadline(0.0))
+    assert late == {"parts": None, "parts_failed": "the time given by --seconds is over"}
+    assert train_step.where_time_goes(ready, deadline.Deadline(None)) | found == found | {
+        "cuda_graphs": True,
+        "cuda_graph_skips": 2,
+    }
 
 
 # -- turns
@@ -407,6 +414,28 @@ def test_time_that_is_over_ends_a_compilation() -> None:
         pytest.fail("there was no time")
     with deadline.Deadline(None).limit():
         assert deadline.Deadline(None).left() == float("inf")
+
+
+def test_time_that_is_over_is_neither_swallowed_nor_an_error_of_the_compiler() -> None:
+    """Compilers take an error for a choice that does not work, or wrap it."""
+
+    def swallows() -> None:
+        for _ in itertools.repeat(None):
+            with contextlib.suppress(Exception):
+                time.sleep(0.01)
+
+    def wraps() -> None:
+        try:
+            time.sleep(5.0)
+        except BaseException as error:
+            raise RuntimeError("the compiler is broken") from error
+
+    for compiler in (swallows, wraps):
+        limited = deadline.Deadline(0.05)
+        with pytest.raises(deadline.NotReadyError, match="not ready after 0 s"), limited.limit(reserve=0.0):
+            compiler()
+    with pytest.raises(RuntimeError, match="at once"), deadline.Deadline(60.0).limit():
+        raise RuntimeError("at once")
 
 
 def test_turns_end_with_the_time_and_without_arms_that_fail() -> None:
@@ -524,6 +553,34 @@ def test_a_search_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(largest_batch, "trial", broken)
     with pytest.raises(ValueError, match="a mistake"):
         largest_batch.search(options, CPU, Variant.parse("triton"), 24)
+
+
+def test_searches_go_on_where_they_were_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+    answers: dict[tuple[str, float], dict[str, Any]] = {
+        ("torch", 24.0): {"reason": "it was not ready after 3 s, all that --seconds left", "late": True},
+    }
+    usual = {"largest_batch": 32, "peak_reserved_bytes": 1, "training_images_per_second": 1.0}
+
+    def ask_child(variant: Variant, budget: float, limit: Any) -> dict[str, Any]:
+        asked.append((variant.name, budget))
+        return dict(answers.pop((variant.name, budget), usual))
+
+    monkeypatch.setattr(largest_batch, "ask_child", ask_child)
+    monkeypatch.setattr(largest_batch.harness, "gpu", lambda: CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    path = tmp_path / "rows.jsonl"
+    words = ["--backends", "torch", "triton", "--memory-budget", "24", "80", "141", "--output", str(path)]
+    options = largest_batch.arguments().parse_args(words)
+    assert largest_batch.search_all(options) == 75
+    assert asked == [("torch", 24), ("triton", 24), ("torch", 80), ("triton", 80)]
+    assert [row.get("reason", "") for row in rows_of(path)][-1] == "this GPU has 80.0 GB"
+    asked.clear()
+    assert largest_batch.search_all(options) == 0
+    assert asked == [("torch", 24)]
+    options.step = 8  # a finer search is another one
+    largest_batch.search_all(options)
+    assert len(asked) == 5
 
 
 def test_without_a_gpu_there_is_no_largest_batch(
