@@ -74,7 +74,7 @@ def load_weights(
             f"MIM-Depth-Estimation ones; its first names are {some(list(tensors))}"
         )
     own: dict[str, Tensor] = model.state_dict()
-    plan = make_plan(reading, tensors, own, target, model.config.depths, _outputs(model))
+    plan = make_plan(reading, tensors, own, target, _depths(model), _outputs(model))
     how = _resampling(resize, target, plan.held)
     if plan.fits:
         fit_shapes(plan, own, how, None if isinstance(source, Mapping) else _file_map(source), _own_map(model))
@@ -177,6 +177,11 @@ def _target(model: nn.Module) -> Target:
         f"weights belong to a model made by create_model, to its encoder, or to a backbone made by create_backbone; "
         f"got {type(model).__name__} (unwrap a distributed or compiled model first)"
     )
+
+
+def _depths(model: nn.Module) -> tuple[int, ...]:
+    assert isinstance(model, SGMIM | Backbone | SwinEncoder | ViTEncoder), "else it is no target"
+    return model.config.depths
 
 
 def _outputs(model: nn.Module) -> tuple[int, ...]:
