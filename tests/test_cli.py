@@ -83,7 +83,12 @@ def test_demo_in_small(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["report", "nowhere"], "nowhere"),
-        (["export", "nowhere"], "nowhere"),
+        (["export", "nowhere"], "nowhere: holds no config.json; name the folder of a run"),
+        (
+            ["export", "nowhere", "--layout", "sgmim", "--image-size", "64"],
+            "--image-size is for timm, hf, torch-export",
+        ),
+        (["export", "nowhere", "--layout", "hf", "--batch-size", "2"], "--batch-size is for torch-export and onnx"),
         (["synth", "out", "--count", "0"], "count 0 must be 1 or more"),
         (["pretrain", "--recipe", "nope"], "recipe 'nope' is unknown"),
         (["pretrain", "--num-gpus", "0"], "--num-gpus 0"),
