@@ -14,6 +14,7 @@ if len(VERSION) != 1:
 LINUX_ON_64_BITS = "sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 DALI = ["nvidia-dali-cuda130>=2.4"]
 XFORMERS = ["xformers>=0.0.35"]
+FLOAT8 = ["torchao>=0.18"]
 MAPS = ["transformers>=5.0"]
 WANDB = ["wandb>=0.31"]
 EXPORT = ["transformers>=5.0", "onnx>=1.20", "onnxruntime>=1.23", "onnxscript>=0.6"]
@@ -47,12 +48,14 @@ setup(
     extras_require={
         "dali": DALI,
         "xformers": XFORMERS,
+        "float8": FLOAT8,
         "maps": MAPS,
         "wandb": WANDB,
         "export": EXPORT,
-        "all": [*DALI, *XFORMERS, *MAPS, *WANDB, *EXPORT],
+        "all": [*DALI, *XFORMERS, *FLOAT8, *MAPS, *WANDB, *EXPORT],
         "dev": [
             *DALI,
+            *FLOAT8,
             *MAPS,
             *WANDB,
             *EXPORT,

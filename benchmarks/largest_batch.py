@@ -12,7 +12,7 @@ searched again.
 
 Rows of ``benchmarks/results/largest_batch.jsonl`` ("benchmark": "largest_batch"):
 
-    model, override, precision, arm, backend, attention, compiled, compile_mode, optimizer, step
+    model, override, precision, arm, backend, attention, compiled, compile_mode, float8, optimizer, step
     budget_gb, budget_bytes, context_bytes, allocator_bytes      what the step had
     largest_batch              None if not even the first trial fits
     smallest_failing_batch     None if the search ended at ``--most``
@@ -160,11 +160,7 @@ def head_of(options: argparse.Namespace, variant: Variant, budget: float) -> Row
         "model": options.model,
         "override": options.override,
         "precision": options.precision,
-        "arm": variant.name,
-        "backend": variant.backend,
-        "attention": variant.attention,
-        "compiled": variant.compiled,
-        "compile_mode": variant.mode if variant.compiled else None,
+        **variant.row(),
         "optimizer": options.optimizer,
         "step": options.step,
         "budget_gb": budget,

@@ -198,12 +198,12 @@ def pipeline(results: Results) -> list[str]:
 
 def parity(results: Results) -> list[str]:
     """How far a training on a fast path ends from the plain one's, beside two seeds of the plain one."""
-    keys = ("model", "override", "batch", "precision", "device", "planned_steps", "seeds")
+    keys = ("model", "override", "backends", "batch", "precision", "device", "planned_steps", "seeds")
     lines, used = [], []
     for gpu in (*results.gpus("parity"), None):
         for row in results.newest("parity", gpu, *keys):
             used.append(row)
-            seeds = "seeds {} and {}".format(*row["seeds"])
+            seeds = f"seeds {' '.join(map(str, row['seeds']))}"
             for arm, differences in row["differences"].items():
                 lines.append(
                     (
@@ -217,5 +217,5 @@ def parity(results: Results) -> list[str]:
                         "yes" if row["within_spread"][arm] else "NO",
                     )
                 )
-    titles = ("model", "on", "arm", "final loss from `reference`'s", "two seeds from each other", "within the spread")
+    titles = ("model", "on", "arm", "final loss from `reference`'s", "seeds from each other", "within the spread")
     return [*missing(used, "python -m benchmarks.parity"), *told(titles, lines, used)][:-1]

@@ -2,31 +2,37 @@
 
     python -m benchmarks.parity                                   1,000 steps; on a GPU of backend triton in bf16
     python -m benchmarks.parity --backends triton triton+compile --precision fp32
-    python -m benchmarks.parity --steps 200 --override image_size=64
+    python -m benchmarks.parity --steps 200 --override image_size=64 --seeds 0 1 2 3
+    python -m benchmarks.parity --backends triton triton+float8 --precision bf16
 
-A small model (that of the recipe ``demo``) learns from rendered scenes, or from --data. All arms of one seed get the
-same batches, step by step, and begin with the same weights; ``reference`` runs once more with another seed, which draws
-other weights, another order, other crops and masks. Rounding makes the curves of two implementations part in the end;
-they may not end further apart than the curves of two seeds do, by the mean loss of the last steps.
+A small model (that of the recipe ``demo``) learns from rendered scenes, or from --data. All arms get the same batches
+of the first seed, step by step, and begin with the same weights; ``reference`` runs once more with each other seed,
+which draws other weights, another order, other crops and masks. Rounding makes the curves of two implementations part
+in the end; they may not end further apart than the curves of two seeds do, by the mean loss of the last steps.
 
 One row of ``benchmarks/results/parity.jsonl`` is one comparison ("benchmark": "parity"):
 
-    model, override, batch, precision, device, peak_rate, seeds, data, pairs
+    model, override, backends, batch, precision, device, peak_rate, seeds, data, pairs
     steps, planned_steps   done, and those that the learning rate was planned for
     points               steps behind which there is a point of the curves
     curves               [{"arm", "seed", "loss", "image_loss", "structure_loss"}, ...]: means since the point before
     last, final          how many steps, and the mean losses of each curve over them, in the order of the curves
-    spread               of each loss: between the two seeds of reference, in ``final``
+    spread               of each loss: between two seeds of reference, in ``final``; of more, over all pairs the root
+                         of the mean square
     differences          {arm: {loss: between the arm and reference, in ``final``}}
     first_deviation, largest_deviation     {arm: of a step's loss from reference's, relative: first step, worst step}
     within_spread        {arm: whether its difference of the whole loss is no larger than the spread}
+
+Arms that cannot run here are left out and leave "benchmark": "parity_skipped" with the first two lines and ``reasons``.
 """
 
 import argparse
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--last", type=int, default=50, help="steps whose mean loss is compared (default: 50)")
     parser.add_argument("--batch", type=int, default=16, help="pairs a step (default: 16)")
     parser.add_argument("--rate", type=float, default=0.016, help="peak learning rate for 512 pairs (default: 0.016)")
-    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 1))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="two or more (default: 0 1)")
     precision = "bf16" if on_gpu else "fp32"
     parser.add_argument("--precision", choices=PRECISIONS[:2], default=precision, help=f"(default: {precision})")
     parser.add_argument("--data", type=Path, metavar="SET", help="folder, list or shards; default: scenes")
@@ -95,13 +101,16 @@ def compare(options: argparse.Namespace) -> int:
     """Train all arms side by side, write a row and print a line for each.
 
     Returns:
-        1 if one ends beyond the spread; else 75 if the time did not suffice for all steps.
+        1 if one without FP8 ends beyond the spread; else 75 if the time did not suffice for all steps.
     """
     check(options)
     deadline = Deadline(options.seconds)
     device = torch.device(options.device)
     rows = harness.Rows(options.output, device)
     model = config_of(RECIPES["demo"]().model if options.model == "demo" else MODELS[options.model], options)
+    options.backends = able(options, device, rows)
+    if not options.backends:
+        return 0
     with data_set(options, model) as path:
         pairs = open_pairs(path, structure=model.guidance != "none")
         histories, steps = train(options, model, path, pairs, device, deadline)
@@ -114,7 +123,7 @@ def compare(options: argparse.Namespace) -> int:
             f"other: {'within' if within else 'BEYOND'} the spread; a step's loss off by "
             f"{row['largest_deviation'][arm]:.1e} at most"
         )
-    if not all(row["within_spread"].values()):
+    if not all(ok for arm, ok in row["within_spread"].items() if Variant.parse(arm).float8 == "off"):
         return 1
     return 0 if steps == options.steps else EXIT_PREEMPTED
 
@@ -125,11 +134,27 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(options, name)} must be 1 or more")
     if options.last > options.steps:
         raise UserError(f"--last {options.last} is more than --steps {options.steps}; lower it")
-    if options.seeds[0] == options.seeds[1]:
-        raise UserError(f"--seeds {options.seeds[0]} {options.seeds[1]} must differ: their spread is the yardstick")
+    if len(set(options.seeds)) < max(2, len(options.seeds)):
+        given = " ".join(map(str, options.seeds))
+        raise UserError(f"--seeds {given} must be two or more that differ: their spread is the yardstick")
     for name in options.backends:
         if Variant.parse(name).backend in (PLAIN, PEER):
             raise UserError(f"--backends {name}: arms are torch or triton, with or without +compile and others")
+
+
+def able(options: argparse.Namespace, device: torch.device, rows: harness.Rows) -> list[str]:
+    """The arms that can run; those that cannot are told of, in a row as well."""
+    reasons = {}
+    for name in options.backends:
+        try:
+            Variant.parse(name).check(options.precision, device)
+        except UserError as refusal:
+            reasons[name] = str(refusal)
+            print(f"{options.model} {name}: left out: {refusal}", flush=True)
+    if reasons:
+        pairs = options.pairs if options.data is None else None
+        rows.append(head_of(options, pairs) | {"benchmark": "parity_skipped", "reasons": reasons})
+    return [name for name in options.backends if name not in reasons]
 
 
 @contextmanager
@@ -142,11 +167,12 @@ def data_set(options: argparse.Namespace, model: ModelConfig) -> Iterator[Path]:
         yield render_dataset(Path(folder) / "scenes", count=options.pairs, size=max(model.hw), seed=0)
 
 
-def head_of(options: argparse.Namespace, pairs: int) -> Row:
+def head_of(options: argparse.Namespace, pairs: int | None) -> Row:
     return {
         "benchmark": "parity",
         "model": options.model,
         "override": options.override,
+        "backends": options.backends,
         "batch": options.batch,
         "planned_steps": options.steps,
         "precision": options.precision,
@@ -179,8 +205,8 @@ class History:
 def train(
     options: argparse.Namespace, model: ModelConfig, path: Path, pairs: Pairs, device: torch.device, deadline: Deadline
 ) -> tuple[list[History], int]:
-    """Histories of reference, the other arms, reference with the second seed; and how many steps they have."""
-    first, second = options.seeds
+    """Histories of reference, the other arms, reference with the other seeds; and how many steps they have."""
+    first, *more = options.seeds
     done = 0
 
     def history(name: str, seed: int) -> History:
@@ -188,19 +214,19 @@ def train(
         return History(name, seed, step, options.steps)
 
     same = [history(name, first) for name in (PLAIN, *options.backends)]
-    other = history(PLAIN, second)
+    turns = [same, *([history(PLAIN, seed)] for seed in more)]
     optimizer = OptimizerConfig(lr=options.rate)
     schedule = ScheduleConfig(epochs=1, warmup_epochs=WARM_UP, warmup_lr=0.0, min_lr=options.rate / 100)
     with ExitStack() as stack:
         loaders = [stack.enter_context(loader(options, model, path, pairs, device, seed)) for seed in options.seeds]
         while done < options.steps and (done < max(options.last, every(options)) or deadline.left() > 0):
             rate = learning_rate(done, options.steps, options.batch, optimizer, schedule)
-            for batches, arms in zip(loaders, (same, [other]), strict=True):
+            for batches, arms in zip(loaders, turns, strict=True):
                 batch = {name: value.to(device) for name, value in next(batches).items()}
                 for arm in arms:
                     arm.take(done, batch, rate)
             done += 1
-    return [*same, other], done
+    return [arm for arms in turns for arm in arms], done
 
 
 def loader(
@@ -218,7 +244,7 @@ def loader(
 
 
 def judged(histories: list[History], steps: int, options: argparse.Namespace) -> Row:
-    """Curves in short, and how far they end apart; the first is the yardstick, the last its other seed."""
+    """Curves in short, and how far they end apart; the first is the yardstick, the last are its other seeds."""
     losses = [history.losses[:steps].cpu() for history in histories]
     width = every(options)
     points = list(range(width, steps + 1, width))
@@ -231,15 +257,15 @@ def judged(histories: list[History], steps: int, options: argparse.Namespace) ->
         curve = {LOSSES[place]: [rounded(x) for x in short[:, place].tolist()] for place in kept}
         curves.append({"arm": history.arm, "seed": history.seed, **curve})
         final.append({LOSSES[place]: end[place].item() for place in kept})
-    plain, *others, second = final
     arms = options.backends
+    others, (plain, *more) = final[1 : len(arms) + 1], [final[0], *final[len(arms) + 1 :]]
     differences = {
         arm: {name: abs(value - plain[name]) for name, value in end.items()}
         for arm, end in zip(arms, others, strict=True)
     }
-    spread = {name: abs(value - plain[name]) for name, value in second.items()}
+    spread = {name: spread_of([end[name] for end in (plain, *more)]) for name in plain}
     whole = losses[0][:, 0]
-    off = {arm: (x[:, 0] - whole).abs() / whole.abs() for arm, x in zip(arms, losses[1:-1], strict=True)}
+    off = {arm: (x[:, 0] - whole).abs() / whole.abs() for arm, x in zip(arms, losses[1 : len(arms) + 1], strict=True)}
     return {
         "steps": steps,
         "points": points,
@@ -253,6 +279,12 @@ def judged(histories: list[History], steps: int, options: argparse.Namespace) ->
         # A loss that is not a number is within nothing.
         "within_spread": {arm: differences[arm]["loss"] <= spread["loss"] for arm in arms},
     }
+
+
+def spread_of(values: list[float]) -> float:
+    """Distance between two of them; of more, the root of the mean square over all pairs."""
+    squares = [(a - b) ** 2 for a, b in combinations(values, 2)]
+    return math.sqrt(sum(squares) / len(squares))
 
 
 def every(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ it may hold ready, are not counted: what is measured is what it keeps up. Nothin
 
 Rows of ``benchmarks/results/pipeline.jsonl`` ("benchmark": "pipeline"), one for each arm and loader:
 
-    model, override, precision, batch, device, arm, backend, attention, compiled, compile_mode, optimizer
+    model, override, precision, batch, device, arm, backend, attention, compiled, compile_mode, float8, optimizer
     loader, decoder, decode_on, workers, cpus, data, pairs, image_bytes, map_bytes, cache, turn_seconds, repetitions
     p20_, p50_, p80_images_per_second      files to gradients
     step_images_per_second, loader_images_per_second     medians of each alone
@@ -155,11 +155,7 @@ def head_of(options: argparse.Namespace, variant: Variant, path: Path, pairs: Pa
         "precision": options.precision,
         "batch": options.batch,
         "device": options.device,
-        "arm": variant.name,
-        "backend": variant.backend,
-        "attention": variant.attention,
-        "compiled": variant.compiled,
-        "compile_mode": variant.mode if variant.compiled else None,
+        **variant.row(),
         "optimizer": options.optimizer,
         "workers": options.workers,
         "cpus": len(os.sched_getaffinity(0)),

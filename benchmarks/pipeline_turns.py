@@ -48,8 +48,10 @@ class Step:
         seed: int = 0,
     ) -> None:
         self.device, self.graphs, self.rate = device, variant.graphs, 0.0
+        variant.check(precision, device)
         torch.manual_seed(seed)
-        self.task = PretrainTask(model, variant.backend, variant.attention, device=device)  # type: ignore[arg-type]
+        backend, attention = variant.backend, variant.attention
+        self.task = PretrainTask(model, backend, attention, device=device, float8=variant.float8)  # type: ignore[arg-type]
         if precision == "bf16":
             self.task.bfloat16()
         self.update = Update(self.task, optimizer, device)

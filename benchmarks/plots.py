@@ -5,7 +5,7 @@ from collections.abc import Callable
 from benchmarks import bars, svg
 from benchmarks.arithmetic import NAMED, PARTS
 from benchmarks.peers import OURS
-from benchmarks.recorded import Results, arm_of, model_name
+from benchmarks.recorded import Results, arm_of, model_name, on_gpu
 from benchmarks.rows import Row
 
 
@@ -74,9 +74,22 @@ def roofline(results: Results) -> str | None:
 
 
 def parity(results: Results) -> str | None:
-    """Losses of the newest comparison, on a GPU if there is one."""
+    """Losses of the newest comparison of implementations, on a GPU if there is one."""
+    return _curves(results, [row for row in results.of("parity") if not _float8(row)])
+
+
+def float8(results: Results) -> str | None:
+    """Losses of the newest comparison of products in FP8 with those in bf16, on a GPU if there is one."""
+    return _curves(results, [row for row in results.of("parity") if _float8(row)])
+
+
+def _float8(row: Row) -> bool:
+    return any("float8" in arm for arm in row["differences"])
+
+
+def _curves(results: Results, every: list[Row]) -> str | None:
     gpu = results.gpus("parity")[0]
-    rows = results.newest("parity", gpu) or results.newest("parity", None)
+    rows = [row for row in every if row["environment"].get("gpu") == gpu] or [r for r in every if not on_gpu(r)]
     if not rows:
         return None
     row = rows[-1]
@@ -94,4 +107,5 @@ PLOTS: dict[str, Callable[[Results], str | None]] = {
     "traffic": traffic,
     "roofline": roofline,
     "parity": parity,
+    "float8": float8,
 }

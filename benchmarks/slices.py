@@ -18,6 +18,9 @@ PEER_MODEL = "simmim_swin_base"
 """timm's encoders have no guidance, so they are held against the model without it."""
 EAGER_ARMS = ("--backends", "reference", "triton")
 ON_CPU = ("--device", "cpu")
+BOTH = ("torch+float8", "--precision", "bf16")  # after "torch"
+FLOAT8_PARITY = ("--backends", "triton", "triton+float8")
+FLOAT8_ARMS = ("triton+compile", "triton+compile+float8", "triton+compile+float8_rowwise")
 COMPILED_ARMS = ("reference", "triton+compile", "reference+compile", "triton+graphs")
 """The yardstick, then those that decide: when time is short the last ones are missing."""
 SMOKE_KERNELS = (
@@ -85,27 +88,28 @@ def _every_slice() -> tuple[Slice, ...]:
             kernels("attention, compiled peers", 120, *attention, *compiled),
         ),
     )
-    plain = ("--backends", "torch", *SMALL, "--batch", "2", "--steps", "1", "--no-parts", *ON_CPU)
+    tiny = (*SMALL, "--batch", "2", "--steps", "1", "--no-parts", *ON_CPU, "--backends", "torch")
     second = Slice(
         "step",
         "the training step of Swin-B: plain, compiled, gathered, on kernels",
-        7.0,
+        6.5,
         (
-            steps("step, eager", 100, bars.MAIN_MODEL, "reference", "torch", "triton", smoke=plain),
+            steps("step, eager", 100, bars.MAIN_MODEL, "reference", "torch", "triton", smoke=tiny),
             steps("step, compiled", 270, bars.MAIN_MODEL, *COMPILED_ARMS),
             steps("step, autotuned", 300, bars.MAIN_MODEL, "reference", "reference+autotune"),
         ),
     )
-    images = ("--backends", "torch", *SMALL, "--batch", "2", "--workers", "0", *ON_CPU)
+    images = (*SMALL, "--batch", "2", "--workers", "0", *ON_CPU, "--backends", "torch")
+    few_steps = ("--steps", "3", "--last", "2", "--pairs", "6")
     scenes = ("--pairs", "512", "--turn-seconds", "2")
-    peer = ("--model", PEER_MODEL, *plain, "--backends", "torch", "timm")
+    peer = ("--model", PEER_MODEL, *tiny, "--backends", "torch", "timm")
     few = (*images, "--pairs", "4", "--size", "64", "--turn-seconds", "0.1", "--repetitions", "1")
     third = Slice(
         "runs",
         "parity, files to gradients, the largest batch, other batch sizes of the step, timm's encoder",
-        5.0,
+        4.5,
         (
-            Step("parity", "parity", "parity", (), 100, (*images, "--steps", "3", "--last", "2", "--pairs", "6")),
+            Step("parity", "parity", "parity", (), 100, (*images, *few_steps)),
             Step("data", "pipeline", "pipeline", (*BF16, "--backends", "triton", *scenes), 80, few),
             Step("largest batch", "largest_batch", "largest_batch", ("--memory-budget", "141", "80", "24"), 120),
             steps("timm's encoder", 60, PEER_MODEL, "reference", "timm", "triton", "timm+compile", smoke=peer),
@@ -115,16 +119,25 @@ def _every_slice() -> tuple[Slice, ...]:
     fourth = Slice(
         "models",
         "the training step of the other models",
-        4.4,
+        4.0,
         tuple(
-            steps(f"step of {model}", 120, model, *MODEL_ARMS, smoke=("--model", model, *plain) if number == 0 else ())
+            steps(f"step of {model}", 120, model, *MODEL_ARMS, smoke=("--model", model, *tiny) if number == 0 else ())
             for number, model in enumerate(bars.MODELS)
         ),
     )
     fifth = Slice(
+        "float8",
+        "the encoder's products in FP8: the training step of Swin-B, and what a small model learns",
+        2.0,
+        (
+            steps("step, FP8", 90, bars.MAIN_MODEL, *FLOAT8_ARMS, smoke=(*tiny, *BOTH)),
+            Step("parity, FP8", "parity", "parity", FLOAT8_PARITY, 60, (*images, *BOTH, *few_steps)),
+        ),
+    )
+    sixth = Slice(
         "others",
         "memory accesses, other shapes, batch sizes and peers of the kernels, matrix products, optimizers",
-        1.9,
+        1.4,
         (
             Step("memory accesses", "memcheck", "gpu_check", (), 45),
             Step("matrix products", "products", "products", (), 30, ("--smoke",)),
@@ -135,7 +148,7 @@ def _every_slice() -> tuple[Slice, ...]:
             kernels("attention, autotuned", 300, *attention, "--implementations", "max-autotune"),
         ),
     )
-    return first, second, third, fourth, fifth
+    return first, second, third, fourth, fifth, sixth
 
 
 SLICES = _every_slice()

@@ -14,10 +14,11 @@ from benchmarks import harness
 from benchmarks.clocks import synchronize
 from benchmarks.optimizers import Update
 from sgmim_fast.attention import ATTENTIONS
-from sgmim_fast.config import ModelConfig
+from sgmim_fast.config import Float8, ModelConfig
 from sgmim_fast.config.checks import known_fields
 from sgmim_fast.errors import UserError
 from sgmim_fast.masking import STREAM_MASK, draw_cell_mask, mask_indices, sample_rng
+from sgmim_fast.models.float8 import check_float8, use_float8
 from sgmim_fast.models.registry import create_model
 from sgmim_fast.models.sgmim import SGMIM
 
@@ -32,6 +33,12 @@ MODES = {
     frozenset({"autotune", "graphs"}): "max-autotune",
 }
 """Of torch.compile, by what is added to a backend's name beside "compile", which each of them implies."""
+FLOAT8: dict[str, Float8] = {
+    "float8": "tensorwise",
+    "float8_rowwise": "rowwise",
+    "float8_rowwise_with_gw_hp": "rowwise_with_gw_hp",
+}
+"""Recipes of ``use_float8`` by the word that is added to a backend's name."""
 PEER = "timm"
 """The outside peer's name among the backends."""
 Batch = tuple[Tensor, ...]
@@ -48,6 +55,7 @@ class Variant:
     compiled: bool
     mode: str = "default"
     """Of torch.compile, where compiled."""
+    float8: Float8 = "off"
 
     @classmethod
     def parse(cls, name: str) -> "Variant":
@@ -58,14 +66,36 @@ class Variant:
         """
         backend, *more = name.split("+")
         attention = next((word for word in more if word in ATTENTIONS), "auto")
-        if unknown := [word for word in more if word not in (*ATTENTIONS, *WORDS)]:
+        float8 = next((FLOAT8[word] for word in more if word in FLOAT8), "off")
+        if unknown := [word for word in more if word not in (*ATTENTIONS, *WORDS, *FLOAT8)]:
             raise UserError(
-                f"{unknown[0]!r} in {name!r} is unknown; add +compile, +autotune, +graphs, +sdpa or +xformers to a "
-                "backend"
+                f"{unknown[0]!r} in {name!r} is unknown; add +compile, +autotune, +graphs, +sdpa, +xformers or "
+                f"{', '.join(f'+{word}' for word in FLOAT8)} to a backend"
             )
         asked = frozenset(word for word in more if word in WORDS)
         mode = MODES[asked - {"compile"}] if asked else "default"
-        return cls(name, backend, attention, bool(asked), mode)
+        return cls(name, backend, attention, bool(asked), mode, float8)
+
+    def row(self) -> dict[str, Any]:
+        """What rows tell of it."""
+        return {
+            "arm": self.name,
+            "backend": self.backend,
+            "attention": self.attention,
+            "compiled": self.compiled,
+            "compile_mode": self.mode if self.compiled else None,
+            "float8": self.float8,
+        }
+
+    def check(self, precision: str, device: torch.device) -> None:
+        """Refuse what no arm of ``precision`` on ``device`` can do.
+
+        Raises:
+            UserError: with the reason.
+        """
+        if self.float8 != "off" and precision != "bf16":
+            raise UserError(f"arm {self.name!r} is for --precision bf16: what is not FP8 is bf16")
+        check_float8(self.float8, device)
 
     def compile(self, module: nn.Module) -> Any:
         """``module`` as one graph of the shapes it first sees."""
@@ -150,6 +180,7 @@ class Runner:
     ) -> None:
         self.variant, self.inputs, self.autocast = variant, inputs, precision == "autocast"
         self.device = inputs[0].device
+        variant.check(precision, self.device)
         self.model = self._model(model, variant)
         self.run = variant.compile(self.model) if variant.compiled else self.model
         self.update = None if optimizer is None else Update(self.model, optimizer, self.device)
@@ -163,6 +194,7 @@ class Runner:
         own = copy.deepcopy(model)
         own.set_backend(variant.backend)  # type: ignore[arg-type]
         own.set_attention(variant.attention)  # type: ignore[arg-type]
+        use_float8(own, variant.float8)
         return own
 
     def forward(self) -> Tensor:

@@ -8,7 +8,8 @@
 
 A backend is ``reference``, ``torch``, ``triton``, or ``timm``: timm's own encoder in SimMIM's wrapper, for simmim_*
 models. ``+compile`` compiles model and losses with torch.compile, ``+autotune`` in its mode that times its choices,
-``+graphs`` with CUDA graphs (reduce-overhead), ``+sdpa`` and ``+xformers`` exchange the attention.
+``+graphs`` with CUDA graphs (reduce-overhead), ``+sdpa`` and ``+xformers`` exchange the attention, ``+float8``,
+``+float8_rowwise`` and ``+float8_rowwise_with_gw_hp`` multiply the encoder's matrices in FP8 (bf16 otherwise).
 
 Steps of all arms alternate on the same weights and inputs, so that whatever else the machine does falls on all alike;
 ratios are taken step by step against the neighbour's. On a GPU a turn is a few steps without waiting between them, as
@@ -17,7 +18,8 @@ memory, or is not ready in ``--seconds`` leaves a row that says so, and the othe
 
 Rows of ``benchmarks/results/train_step.jsonl``, each with its environment. "benchmark": "train_step":
 
-    model, override, batch, device, threads, precision, arm, backend, attention, compiled, compile_mode, optimizer
+    model, override, batch, device, threads, precision, arm, backend, attention, compiled, compile_mode, float8,
+    optimizer
     steps, steps_a_turn           turns of the arm, and steps in each
     ready_seconds                 until the arm was warm, compilation included
     p20_, p50_, p80_seconds       forward and backward pass; images_per_second = batch / p50_seconds

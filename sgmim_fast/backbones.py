@@ -5,18 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sgmim_fast.config import Attention, BackboneConfig, Backend
+from sgmim_fast.config import Attention, BackboneConfig, Backend, Encoder, ModelConfig
 from sgmim_fast.config.checks import known_fields
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.backbone import Backbone
 from sgmim_fast.recipes import MODELS
+from sgmim_fast.weight_windows import read_windows
 from sgmim_fast.weights import load_weights, read_backbone_config, read_config
 
 NAMES = tuple(name.removeprefix("sgmim_") for name in MODELS if name.startswith("sgmim_"))
 
 
 def create_backbone(
-    backbone: str | BackboneConfig | None = None,
+    backbone: str | BackboneConfig | ModelConfig | None = None,
     *,
     image_size: int | tuple[int, int] | None = None,
     window_size: int | tuple[int, ...] | None = None,
@@ -30,10 +31,11 @@ def create_backbone(
 
     Args:
         backbone: ``"swin_base"``, ``"swin_large"``, ``"swinv2_base"``, ``"vit_base"`` (also as ``"sgmim_..."`` and
-            ``"simmim_..."``), or a configuration. None takes the architecture that ``weights`` names, a file of
-            ``save_weights``.
+            ``"simmim_..."``), a configuration, or one of pre-training. None takes the architecture that ``weights``
+            names, a file of ``save_weights``.
         image_size: side or (height, width) in pixels of the images to come; see ``BackboneConfig``. Others are taken.
-        window_size: tokens a window side, for all stages or one entry a stage; None for those of pre-training.
+        window_size: tokens a window side, for all stages or one entry a stage; None for those of pre-training, which
+            are the weights' where they tell (``weight_windows``), and else those that the name stands for.
         use_shift: whether windows are shifted, for all stages or one entry a stage.
         weights: what ``load_weights`` reads; position tables of other windows are resized. What the encoder needs must
             be there.
@@ -55,8 +57,10 @@ def create_backbone(
         config = replace(stored, **overrides)
     elif isinstance(backbone, BackboneConfig):
         config = replace(backbone, **overrides)
+    elif isinstance(backbone, ModelConfig):
+        config = BackboneConfig.from_pretraining(backbone, **overrides)
     else:
-        config = _named_shape(backbone, stored, overrides)
+        config = _named_shape(backbone, stored, weights, overrides)
     made = Backbone(config, backend, attention)
     if weights is not None:
         load_weights(made, weights)
@@ -69,11 +73,29 @@ def _stored_shape(path: str | Path) -> BackboneConfig | None:
     return read_backbone_config(path) if model is None else BackboneConfig.from_pretraining(model)
 
 
-def _named_shape(name: str, stored: BackboneConfig | None, overrides: dict[str, Any]) -> BackboneConfig:
-    model = MODELS.get(f"sgmim_{name}", MODELS.get(name))
+def _named_shape(name: str, stored: BackboneConfig | None, weights: Any, overrides: dict[str, Any]) -> BackboneConfig:
+    """The shape that a name stands for, position tables and offsets as the weights have them unless told otherwise."""
+    model = MODELS.get(f"sgmim_{name}", MODELS.get(name)) if isinstance(name, str) else None
     if model is None:
         raise UserError(f"backbone {name!r} is unknown; choose one of {', '.join(NAMES)}")
-    if stored is not None and stored.encoder == "swinv2" == model.encoder and stored.levels == len(model.depths):
-        # Its offsets are measured by the windows it was pre-trained with, whichever the name stands for.
-        overrides = {"pretrained_window_size": stored.pretrained_window_size} | overrides
+    depths = overrides.get("depths", model.depths)
+    told = _told_windows(model.encoder, stored, weights)
+    if isinstance(depths, tuple | list) and all(len(windows) == len(depths) for windows in told.values()):
+        overrides = told | overrides
+    if model.encoder == "vit" and stored is not None and stored.encoder == "vit":
+        overrides = {"image_size": stored.image_size} | overrides
     return BackboneConfig.from_pretraining(model, **overrides)
+
+
+def _told_windows(encoder: Encoder, stored: BackboneConfig | None, weights: Any) -> dict[str, tuple[int, ...]]:
+    """Windows and measure of offsets of the weights for a Swin, whichever those are that a name stands for."""
+    if encoder == "vit" or weights is None:
+        return {}
+    if stored is None:
+        found = read_windows(weights)
+    elif stored.encoder == encoder:
+        stages = [stored.window_of(stage) for stage in range(stored.levels)]
+        found = tuple(window for window, _, _ in stages), tuple(measure for _, _, measure in stages)
+    else:
+        found = None
+    return {} if found is None else dict(zip(("window_size", "pretrained_window_size"), found, strict=True))

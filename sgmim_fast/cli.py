@@ -1,11 +1,14 @@
 """``sgmim``: the project's command line. Each command imports what it needs when it runs, so help is instant."""
 
 import argparse
+import contextlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sgmim_fast.errors import one_line_errors
+from sgmim_fast.commands.help_pages import HelpFormatter
+from sgmim_fast.errors import UserError, one_line_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,11 +22,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser = _parser()
         arguments, settings = parser.parse_known_args(argv)
         if "takes_settings" in arguments:
+            _require_settings_last(parser, argv, settings)
             arguments.run_command(arguments, settings)
             return
         if settings:
             parser.error(f"unrecognized arguments: {' '.join(settings)}")
         arguments.run_command(arguments)
+
+
+def _require_settings_last(parser: argparse.ArgumentParser, argv: Sequence[str], settings: Sequence[str]) -> None:
+    """argparse knows no settings of runs, so it would take the value of an early one for RUN."""
+    if not settings:
+        return
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            parser.parse_known_args(argv[: argv.index(settings[0])])
+    except SystemExit:
+        raise UserError(
+            f"{settings[0]} comes too early; settings of the run stand after RUN and all else that the command is given"
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
         sub.set_defaults(run_command=run)
         return sub
 

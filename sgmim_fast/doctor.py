@@ -46,6 +46,7 @@ PACKAGES = (
     ("ONNX Runtime", "onnxruntime", False),
     ("DALI", "nvidia.dali", False),
     ("xformers", "xformers.ops", False),
+    ("torchao", "torchao.float8", False),
     ("Weights & Biases", "wandb", False),
 )
 # Those that do not tell their version themselves, by the name they are installed under.
@@ -240,6 +241,7 @@ def _try_choices(found: Findings) -> None:
     from sgmim_fast import config, ops
     from sgmim_fast.attention import check_attention
     from sgmim_fast.data.dali_decoding import check_dali
+    from sgmim_fast.models.float8 import check_float8
     from sgmim_fast.models.norms import check_norm
     from sgmim_fast.train.compiling import check_compiler
     from sgmim_fast.train.optim import check_optimizer
@@ -259,6 +261,8 @@ def _try_choices(found: Findings) -> None:
         note("train.attention", name, partial(check_attention, name, "torch", device))
     for name in get_args(config.Norm):
         note("train.norm", name, partial(check_norm, name, device))
+    for name in get_args(config.Float8):
+        note("train.float8", name, partial(check_float8, name, device))
     for name in get_args(config.OptimizerName):
         note("optimizer.implementation", name, partial(check_optimizer, name, device))
     note("data.loader", "torch", partial(importlib.import_module, "sgmim_fast.data.torch_loader"))

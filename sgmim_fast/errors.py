@@ -13,6 +13,8 @@ EXIT_LOST = os.EX_UNAVAILABLE  # 69
 """Another rank was lost, or nothing moved within the time allowed: queue again with --resume auto."""
 EXIT_PREEMPTED = os.EX_TEMPFAIL  # 75
 """Told to stop, and stopped after writing a checkpoint: queue again with --resume auto."""
+EXIT_READER_LEFT = 141
+"""What a shell calls the end of a program whose output nobody reads any more, as of `sgmim ... | head`."""
 
 _UNWRITABLE = (
     errno.ENOSPC,
@@ -51,11 +53,18 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn bad input, an unwritable place and Ctrl-C into one line and an exit status (2, 69, 130)."""
+    """Turn bad input, an unwritable place and Ctrl-C into one line and an exit status (2, 69, 130).
+
+    Where the reader of standard output has left (``| head``), end without a word.
+    """
     try:
         yield
     except UserError as error:
         _stop("" if error.told_elsewhere else str(error), error.exit_status)
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        raise SystemExit(EXIT_READER_LEFT) from None
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -63,6 +72,17 @@ def one_line_errors() -> Iterator[None]:
         _stop(f"{where} cannot be written: {error.strerror}; free space or choose another folder", EXIT_USER)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _reader_left() -> bool:
+    """Whether it is standard output that cannot be written to any more; then the rest goes nowhere."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at exit
+        return True
+    return False
 
 
 def _stop(message: str, status: int) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from sgmim_fast.errors import UserError
 
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+_WRAPPERS = ("module.", "_orig_mod.")  # what distributed and compiled models begin all names with
 # Official checkpoints carry the configuration of their run, as nodes of yacs, beside the weights. To PyTorch's reader
 # they are plain ordered dicts: it fills no dict subclass but that one.
 _STAND_INS: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
@@ -35,6 +36,8 @@ def read_tensors(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str,
     """
     if isinstance(source, Mapping):
         return "state dict", _tensors_of(source, "state dict")
+    if not isinstance(source, str | Path):
+        raise UserError(f"weights are the path of a file or a state dict; got {type(source).__name__}")
     return str(source), _tensors_of(_read(Path(source)), str(source))
 
 
@@ -140,8 +143,8 @@ def _tensors_of(content: Any, where: str) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{where}: entry {key!r} is a {type(value).__name__}; a state dict holds tensors by name")
-    if all(key.startswith("module.") for key in content):
-        return {key.removeprefix("module."): value for key, value in content.items()}
+    while prefix := next((w for w in _WRAPPERS if all(key.startswith(w) for key in content)), None):
+        content = {key.removeprefix(prefix): value for key, value in content.items()}
     return dict(content)
 
 

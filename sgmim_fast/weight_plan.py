@@ -1,7 +1,7 @@
 """What becomes of a file's parameters in a model: which goes where, which is resized, and what does not fit."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Plan:
     wanted: EncoderShape
     """The model's."""
     fits: bool
-    """Whether they are the same, or, for a backbone, the model's the beginning of the file's."""
+    """Whether they are the same, or the model's the beginning of the file's, having been shortened to it."""
     keys: dict[str, tuple[str, ...]]
     """The model's names, and what the file calls them."""
     values: dict[str, Tensor]
@@ -46,6 +46,7 @@ def make_plan(
     tensors: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
     target: Target,
+    depths: tuple[int, ...],
     outputs: tuple[int, ...] = (),
 ) -> Plan:
     """Sorts a file's parameters by the model's names.
@@ -55,11 +56,12 @@ def make_plan(
         tensors: of the file.
         own: the model's state dict.
         target: what it is of.
+        depths: blocks a stage (ViT: in all) of the whole encoder that it is, or is the beginning of.
         outputs: the stages whose maps a backbone gives.
     """
     held = encoder_shape({name: tuple(tensors[keys[0]].shape) for name, keys in reading.held.items()})
     wanted = encoder_shape({name: tuple(tensor.shape) for name, tensor in own.items()})
-    fits = held == wanted or (target == "backbone" and wanted.begins(held))
+    fits = held == wanted or (wanted.begins(held) and held.begins(replace(wanted, depths=depths)))
     keys: dict[str, tuple[str, ...]] = {}
     unused, unknown = list(reading.unused), list(reading.unknown)
     for name, theirs in reading.held.items():
@@ -70,7 +72,7 @@ def make_plan(
             mine = to_model(f"{STAGE_NORMS}{len(held.depths) - 1}.{rest}", target, outputs) or mine
         if mine == "mask_token" and mine not in own:
             mine = None  # an encoder in use has none
-        if mine is None or (mine not in own and target == "backbone" and fits and is_beyond(name, wanted)):
+        if mine is None or (mine not in own and fits and is_beyond(name, wanted)):
             unused += theirs
         elif mine not in own:
             unknown += theirs
@@ -157,7 +159,8 @@ def problems(plan: Plan, lacking: Iterable[str], resizing: bool) -> str:
 def _remedy(plan: Plan, kinds: list[str], resizing: bool) -> list[str]:
     vit = plan.held.kind == "vit"
     if not plan.fits:
-        return ["build the model like the file's"]
+        shortened = "; out_indices leave out its end" if plan.wanted.begins(plan.held) else ""
+        return [f"build the model like the file's{shortened}"]
     if any(key.endswith(_TABLE) for key in plan.unknown) and vit:
         return ["each block has a position table of its own there; the ViT here has one for all of them"]
     if any("pos_embed" in key or "position_embeddings" in key for key in plan.unknown):

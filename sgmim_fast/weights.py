@@ -53,10 +53,10 @@ def load_weights(
 
     Args:
         model: a pre-training model, its encoder alone, or a backbone. An encoder alone may miss its mask token, a
-            backbone what it has beside its encoder. What a backbone leaves out at its end is not asked for.
+            backbone what it has beside its encoder. What is left out at its end, by ``out_indices``, is not asked for.
         source: a ``.safetensors`` file, a ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` checkpoint, or a state dict. The
             layout is recognised by the names; ``{"model": ...}``, ``{"state_dict": ...}`` and the prefixes ``module.``,
-            ``model.`` and ``backbone.`` are undone.
+            ``_orig_mod.``, ``model.`` and ``backbone.`` are undone.
         strict: False leaves what the source lacks at its initial value; the report names it.
         resize: whether position tables of another window or image size are resized: unless given, those of backbones
             are. True means ``"bicubic"`` for Swin and ``"geometric"`` for ViT, the ways of Swin's and BEiT's official
@@ -74,7 +74,7 @@ def load_weights(
             f"MIM-Depth-Estimation ones; its first names are {some(list(tensors))}"
         )
     own: dict[str, Tensor] = model.state_dict()
-    plan = make_plan(reading, tensors, own, target, _outputs(model))
+    plan = make_plan(reading, tensors, own, target, _depths(model), _outputs(model))
     how = _resampling(resize, target, plan.held)
     if plan.fits:
         fit_shapes(plan, own, how, None if isinstance(source, Mapping) else _file_map(source), _own_map(model))
@@ -177,6 +177,11 @@ def _target(model: nn.Module) -> Target:
         f"weights belong to a model made by create_model, to its encoder, or to a backbone made by create_backbone; "
         f"got {type(model).__name__} (unwrap a distributed or compiled model first)"
     )
+
+
+def _depths(model: nn.Module) -> tuple[int, ...]:
+    assert isinstance(model, SGMIM | Backbone | SwinEncoder | ViTEncoder), "else it is no target"
+    return model.config.depths
 
 
 def _outputs(model: nn.Module) -> tuple[int, ...]:

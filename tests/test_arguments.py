@@ -60,6 +60,7 @@ BAD = [
     (["--compile", "--train.zero-stage", "3"], "use stage 2 or less, or leave --compile out"),
     (["--compile", "--train.attention", "xformers"], "use sdpa, which has the same kernels"),
     (["--compile", "--train.norm", "apex"], "use torch, whose norms the compiler fuses"),
+    (["--train.float8", "tensorwise", "--train.precision", "fp32"], "what is not FP8 is bf16; choose both, or neither"),
     (["--compile", "yes"], "yes"),
     (["word"], "word"),
     (["--config", "missing.yaml"], "missing.yaml"),

@@ -360,7 +360,7 @@ def test_long_names_find_room() -> None:
 
 
 def test_the_curves_are_of_the_target_card(tmp_path: Path) -> None:
-    row = {"benchmark": "parity", "steps": 2, "precision": "bf16", "points": [1, 2]}
+    row = {"benchmark": "parity", "steps": 2, "precision": "bf16", "points": [1, 2], "differences": {"triton": {}}}
     row["curves"] = [{"arm": "reference", "seed": 0, "loss": [1.0, 0.5]}]
     cards = [{}, H200, H100, {"cpu": "EPYC"}]
     found = results(tmp_path / "rows", *({**row, "environment": card} for card in cards))

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sgmim_fast.cli import main
+from sgmim_fast.errors import one_line_errors
 from sgmim_fast.launching import launch
 from tests.verify_cases import cut, write_pairs
 
@@ -82,7 +83,12 @@ def test_demo_in_small(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["report", "nowhere"], "nowhere"),
-        (["export", "nowhere"], "nowhere"),
+        (["export", "nowhere"], "nowhere: holds no config.json; name the folder of a run"),
+        (
+            ["export", "nowhere", "--layout", "sgmim", "--image-size", "64"],
+            "--image-size is for timm, hf, torch-export",
+        ),
+        (["export", "nowhere", "--layout", "hf", "--batch-size", "2"], "--batch-size is for torch-export and onnx"),
         (["synth", "out", "--count", "0"], "count 0 must be 1 or more"),
         (["pretrain", "--recipe", "nope"], "recipe 'nope' is unknown"),
         (["pretrain", "--num-gpus", "0"], "--num-gpus 0"),
@@ -111,6 +117,33 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout
+
+
+def test_output_that_nobody_reads_any_more_is_no_error(tmp_path: Path) -> None:
+    script = (
+        "from sgmim_fast.errors import one_line_errors\n"
+        "with one_line_errors():\n    for number in range(10**6): print(number)"
+    )
+    shell = f"'{sys.executable}' -c '{script}' | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
+
+
+def test_another_broken_pipe_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BrokenPipeError), one_line_errors():
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("command", [[], ["evaluate"], ["predict"], ["probe"], ["synth"], ["finetune"]])
+def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert not stop.value.code
+    said = capsys.readouterr().out
+    assert not re.search(r"default: (None|False)", said)
+    assert (
+        command == ["synth"] or "sgmim " in said.split("usage:")[1].partition("\n")[2]
+    )  # an example, or where to begin
 
 
 def test_verify_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

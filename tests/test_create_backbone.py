@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor
 
 from sgmim_fast import Backbone, BackboneConfig, create_backbone, load_weights, save_weights
@@ -86,11 +88,49 @@ def test_swinv2_keeps_the_windows_of_the_file(tmp_path: Path) -> None:
     assert chosen.config.pretrained_window_size == (3, 3, 3, 3)
 
 
+def test_windows_are_those_of_the_weights_unless_named(tmp_path: Path) -> None:
+    """Not those that a name stands for: tables of other codes tell them, and official Swin V2's coordinates."""
+    shape = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (2, 2, 4, 4)}
+    theirs = timm.models.SwinTransformer(img_size=112, window_size=7, num_classes=0, **shape).double().eval()
+    torch.save({"model": theirs.state_dict()}, tmp_path / "theirs.pth")
+    image = picture(112, 112)
+    backbone = create_backbone("swin_base", weights=tmp_path / "theirs.pth", **shape).double()
+    assert backbone.config.window_size == (7, 7, 7, 4)  # timm reduced the last for 112 pixels
+    load_weights(backbone, theirs.state_dict())
+    assert_same_maps(backbone.eval()(image), theirs.forward_intermediates(image, intermediates_only=True))
+    assert (
+        create_backbone("swin_base", weights=tmp_path / "theirs.pth", window_size=5, **shape).config.window_size
+        == (5,) * 4
+    )
+
+    v2 = SwinTransformerV2(img_size=128, window_size=8, pretrained_window_sizes=(6, 6, 6, 3), **shape)
+    state = dict(v2.state_dict())
+    for number, layer in enumerate(v2.layers):  # as official files have them
+        state[f"layers.{number}.blocks.0.attn.relative_coords_table"] = layer.blocks[0].attn.relative_coords_table
+    found = create_backbone("swinv2_base", weights=state, **shape).config
+    assert (found.window_size, found.pretrained_window_size) == ((8, 8, 8, 4), (6, 6, 6, 3))
+
+    ours = save_weights(randomised(tiny("swin")), tmp_path / "ours.safetensors")
+    assert create_backbone("swin_base", weights=ours, **shape).config.window_size == (4, 4, 4, 2)
+    vit = save_weights(randomised(tiny("vit", image_size=(64, 96))), tmp_path / "vit.safetensors")
+    shape = {"embed_dim": 32, "depths": (3,), "num_heads": (4,)}
+    assert create_backbone("vit_base", weights=vit, **shape).config.image_size == (64, 96)
+    with torch.device("meta"):  # of another architecture nothing is taken
+        refuses(lambda: create_backbone("swin_base", weights=vit), "holds a vit encoder", "build the model like")
+
+
+def test_a_configuration_of_pre_training_is_one_too() -> None:
+    config = tiny("swinv2")
+    made = create_backbone(config, window_size=8).config
+    assert made == BackboneConfig.from_pretraining(config, window_size=8)
+
+
 def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     model = randomised(tiny("swin"))
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     refuses(lambda: create_backbone("swin_huge"), "backbone 'swin_huge' is unknown", "swin_base, swin_large")
     refuses(lambda: create_backbone(), "backbone is needed where no weights are given")
+    refuses(lambda: create_backbone("swin_base", weights=5), "path of a file or a state dict; got int")  # type: ignore[arg-type]
     refuses(lambda: create_backbone(weights=tmp_path / "weights.pth"), "do not say which they are of", "vit_base")
     refuses(lambda: create_backbone("swin_base", windows=7), "BackboneConfig has no field windows")
     with torch.device("meta"):
@@ -110,10 +150,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image_size": 0}, "image_size 0"),
     ({"image_size": (1, 2, 3)}, "image_size (1, 2, 3)"),
     ({"window_size": (7, 7)}, "window_size (7, 7) must be one for all stages or have one entry a stage, 4 in all"),
+    (
+        {"encoder": "vit", "depths": 4, "num_heads": 4, "image_size": 64, "window_size": (7, 7)},
+        "1 in all; a ViT has no windows: set window_size and use_shift to None",
+    ),
     ({"window_size": (7, 7, 7, 0)}, "window_size (7, 7, 7, 0) must be 1 or more"),
     ({"window_size": True}, "window_size True"),
     ({"use_shift": (True, False)}, "use_shift (True, False) must be one for all"),
     ({"use_shift": (1, 1, 1, 1)}, "use_shift (1, 1, 1, 1) must be true or false"),
+    ({"use_shift": 1}, "use_shift 1 must be true or false"),
+    ({"use_shift": "yes"}, "use_shift 'yes' must be true or false"),
     ({"pretrained_window_size": (6,)}, "pretrained_window_size (6,)"),
     ({"out_indices": (3, 1)}, "out_indices (3, 1) must be ascending"),
     ({"out_indices": (1, 1)}, "out_indices (1, 1) must be ascending"),
@@ -128,7 +174,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"encoder": "vit", "depths": 4, "num_heads": 4, "image_size": 224, "patch_size": 14}, "patch_size 14"),
     ({"layer_scale_init": 0.1}, "layer_scale_init is for the ViT"),
-    ({"drop_path_rate": 1.0}, "drop_path_rate"),
+    ({"drop_path_rate": 1.0}, "drop_path_rate 1.0"),
+    ({"drop_path_rate": "much"}, "drop_path_rate 'much' must be a number"),
+    ({"norm_eps": "1e-6"}, "norm_eps '1e-6' must be a number"),
+    ({"layer_scale_init": "small"}, "layer_scale_init 'small' must be a number"),
+    ({"pyramid": "no"}, "pyramid 'no' must be true or false"),
 ]
 
 
@@ -149,18 +199,25 @@ def test_default_outputs_of_a_vit_are_spread_evenly() -> None:
 def test_wrong_images_are_refused() -> None:
     for shape in ((3, 64, 64), (1, 1, 64, 64)):
         refuses(lambda shape=shape: small("swin")(torch.zeros(shape)), f"image must be (B, 3, H, W); got {shape}")
+    for encoder in ENCODERS:
+        backbone = small(encoder)
+        refuses(lambda: backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), "image is uint8", "normalised")  # noqa: B023
+        refuses(lambda: backbone(torch.zeros(0, 3, 64, 64)), "image (0, 3, 64, 64) is empty")  # noqa: B023
+        refuses(lambda: backbone(torch.zeros(1, 3, 0, 64)), "image (1, 3, 0, 64) is empty")  # noqa: B023
+        refuses(lambda: backbone([1, 2]), "image must be a tensor (B, 3, H, W); got list")  # noqa: B023
 
 
 # -- the Hub's mixin
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_a_folder_keeps_every_bit(encoder: str, tmp_path: Path) -> None:
-    backbone = small(encoder, dtype=torch.float32, norm="all").eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_folder_keeps_every_bit(encoder: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    backbone = small(encoder, dtype=dtype, norm="all").eval()
     backbone.save_pretrained(tmp_path)
     again = Backbone.from_pretrained(tmp_path, backend="torch")
     assert again.config == backbone.config
-    image = picture(60, 75, dtype=torch.float32)
+    image = picture(60, 75, dtype=dtype)
     assert_same_maps(again(image), backbone(image), 0)
     assert "sgmim_fast" in (tmp_path / "README.md").read_text()
 
@@ -179,10 +236,36 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         path.write_text(text)
         refuses(lambda: Backbone.from_pretrained(tmp_path), str(path), said)
     path.write_text(json.dumps(whole | {"embed_dim": 16}))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        Backbone.from_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    refuses(lambda: Backbone.from_pretrained(tmp_path), f"{weights}: does not fit config.json", "another shape")
+    path.write_text(json.dumps(whole | {"out_indices": [0, 1]}))
+    refuses(lambda: Backbone.from_pretrained(tmp_path), f"{weights}: does not fit config.json", "encoder.layers.1.down")
+    path.write_text(json.dumps(whole))
+    weights.write_bytes(weights.read_bytes()[:500])
+    refuses(lambda: Backbone.from_pretrained(tmp_path), f"{weights}: is damaged")
+    weights.unlink()
+    refuses(lambda: Backbone.from_pretrained(tmp_path), f"{weights}: cannot be read")
+    refuses(lambda: Backbone.from_pretrained(tmp_path, window_size=5), "no option window_size", "the folder's")
     path.unlink()
     refuses(lambda: Backbone.from_pretrained(tmp_path), f"{path}: cannot be read")
+    refuses(lambda: Backbone.from_pretrained(tmp_path / "none"), f"{tmp_path / 'none'}: is no folder")
+
+
+def test_a_copy_of_the_hub_is_read_as_a_folder_is(tmp_path: Path) -> None:
+    """From the Hub's own cache, without a connection."""
+    backbone = small("swin", dtype=torch.float64).eval()
+    commit = "0" * 40
+    cached = tmp_path / "models--me--backbone"
+    backbone.save_pretrained(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    where: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
+    again = Backbone.from_pretrained("me/backbone", **where)
+    assert_same_maps(again(picture(40, 52)), backbone(picture(40, 52)), 0)
+    path = cached / "snapshots" / commit / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": 7}))
+    refuses(lambda: Backbone.from_pretrained("me/backbone", **where), str(path), "no field windows")
+    refuses(lambda: Backbone.from_pretrained("me/other", **where), "me/other: is no folder")
 
 
 # -- compilers, and weights in parts

@@ -111,6 +111,17 @@ def test_ade20k_counts_its_classes_from_one(sets: Path) -> None:
     assert len(labels(sets / "ade20k", "train", "ade20k", reduce_zero_label=False, classes=5)) == 6
 
 
+def test_ade20k_names_its_classes(tmp_path: Path) -> None:
+    root = write_ade20k(tmp_path / "ade20k")
+    assert labels(root, "val", "ade20k").class_names is None
+    rows = ["1\t0.1576\t11664\t1172\t1\twall", "2\t0.1072\t6046\t612\t1\tbuilding, edifice"]
+    rows += [f"{number}\t0.01\t9\t9\t0\tthing {number}" for number in (3, 4)]
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *rows]) + "\n")
+    assert labels(root, "val", "ade20k").class_names == ("wall", "building", "thing 3", "thing 4")
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tName", *rows[:3]]))
+    assert labels(root, "val", "ade20k").class_names is None
+
+
 def test_scenes_have_metric_depth_and_named_classes(sets: Path) -> None:
     train, val = depth(sets / "scenes", "train", "scenes", 80), depth(sets / "scenes", "val", "scenes", 80)
     assert [samples.name(0) for samples in (train, val)] == ["images/000000", "images/000010"]
@@ -249,6 +260,11 @@ BAD_DEPTH: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "nyu",
         lambda root: every(root, "sync_depth*", lambda v: np.rint(v / 1000 * 256).astype(np.uint16)),
         r"depths reach 1\.5.* m .*value / 1000 .*NYU-v2 reaches 2\.7 to 15 m: it looks like value / 256 \(KITTI's\)",
+    ),
+    "KITTI's unit in NYU, large rooms": (
+        "nyu",
+        lambda root: every(root, "sync_depth*", lambda v: np.rint(v / v.max() * 9.9 * 256).astype(np.uint16)),
+        r"depths reach 2\.5.* m .*value / 1000 .*NYU-v2 reaches 2\.7 to 15 m: it looks like value / 256 \(KITTI's\)",
     ),
     "stretched to 16 bits": (
         "nyu",

@@ -14,6 +14,7 @@ import torch
 from sgmim_fast import UserError, doctor, ops
 from sgmim_fast.attention import check_attention
 from sgmim_fast.data.dali_decoding import check_dali
+from sgmim_fast.models.float8 import check_float8
 from sgmim_fast.models.norms import check_norm
 from sgmim_fast.train.compiling import check_compiler
 from sgmim_fast.train.optim import check_optimizer
@@ -23,6 +24,7 @@ CHECKS: dict[str, Any] = {
     "train.backend": lambda name: ops.resolve_backend(name, torch.zeros(1, device=DEVICE)),
     "train.attention": lambda name: check_attention(name, "torch", DEVICE),
     "train.norm": lambda name: check_norm(name, DEVICE),
+    "train.float8": lambda name: check_float8(name, DEVICE),
     "optimizer.implementation": lambda name: check_optimizer(name, DEVICE),
     "data.loader": lambda name: check_dali() if name == "dali" else None,
     "--compile": lambda name: check_compiler(DEVICE),

@@ -203,15 +203,21 @@ def test_call_of_timm_tells_the_epsilon(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's indexing
 def test_what_timm_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    refuses(lambda: export_timm(backbone_of("swin"), path), "image_size is needed")
+    refuses(lambda: export_timm(backbone_of("swin"), path), "image_size (--image-size) is needed")
+    refuses(lambda: export_timm(backbone_of("vit"), path, 96), "position table here is for (64, 64), not (96, 96)")
     refuses(lambda: export_timm(backbone_of("swin", use_shift=False), path, 64), "use_shift (False,")
     refuses(lambda: export_timm(backbone_of("swin", out_indices=(0, 1)), path, 64), "whole encoder")
     refuses(lambda: export_timm(backbone_of("swin"), tmp_path / "weights.pth", 64), ".safetensors")
     refuses(lambda: export_timm(backbone_of("swin"), path, (64, 64, 3)), "(64, 64, 3)")  # type: ignore[arg-type]
     # timm reduces windows that a map does not fill, and resizes tables on the way.
-    refuses(lambda: export_timm(backbone_of("swin", window_size=(8, 8, 8, 8)), path, 64), "timm's model differs")
+    wide = backbone_of("swin", window_size=(8, 8, 8, 8))
+    refuses(
+        lambda: export_timm(wide, path, 64), "timm's model differs", "8 on 4x4 tokens in stage 2", "image_size whose"
+    )
     # timm shifts windows differently on maps that they do not divide.
-    refuses(lambda: export_timm(randomised(tiny("swin", window_size=5)), path), "differs from the model by")
+    refuses(
+        lambda: export_timm(randomised(tiny("swin", window_size=5)), path), "differs from the model by", "5 on 16x16"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -132,6 +132,11 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "no config.json" in refusal(capsys, ["evaluate", tmp_path])
     assert "is a pretrain run" in refusal(capsys, ["evaluate", make_run(tmp_path / "pretrained")])
     assert "did you mean --evaluation.windows" in refusal(capsys, ["evaluate", run, "--evaluation.window", "2"])
+    for setting in ("--backbone.window-size", "--depth.head-channels", "--train.batch-size"):
+        assert f"option {setting} belongs to training" in refusal(capsys, ["evaluate", run, setting, "2"])
+    early = refusal(capsys, ["evaluate", "--evaluation.windows", "2", run])
+    assert "--evaluation.windows comes too early; settings of the run stand after RUN" in early
+    assert "comes too early" in refusal(capsys, ["predict", run, "--evaluation.windows", "2", image])
     assert "nowhere" in refusal(capsys, ["evaluate", run, "--data", tmp_path / "nowhere"])
     assert "is not a folder; create it first" in refusal(capsys, ["evaluate", run, "--output", out / "no" / "f.json"])
     assert "--limit 0" in refusal(capsys, ["evaluate", run, "--limit", "0"])
@@ -143,7 +148,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     before = (out / "a.npy").read_bytes()
     assert "exists; choose another --out" in refusal(capsys, ["predict", run, image, "--out", out])
     assert (out / "a.npy").read_bytes() == before
-    main(["predict", str(run), str(image), "--out", str(out), "--device", "cpu", "--overwrite"])
+    main(["predict", str(run / WEIGHTS), str(image), "--out", str(out), "--device", "cpu", "--overwrite"])
+    strip = dense_sets.save(tmp_path / "strip.png", dense_sets.picture(9, (8, 90)))
+    narrow = refusal(capsys, ["predict", run, strip, "--out", out, "--evaluation.windows", "2"])
+    assert "strip.png: evaluation.windows 2 leaves columns of an image of 8 x 90 pixels out" in narrow
     weights = run / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:2000])
     assert "is damaged" in refusal(capsys, ["evaluate", run])

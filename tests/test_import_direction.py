@@ -19,7 +19,7 @@ LAYERS = (
     ("recipes", "finetune_recipes", "attention", "position_tables", "hf_layout"),
     ("ops", "weight_files"),
     ("models", "weight_layouts"),
-    ("weight_plan",),
+    ("weight_plan", "weight_windows"),
     ("weights", "data"),
     ("backbones",),
     ("tasks",),
@@ -33,12 +33,14 @@ DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
 # Where models are built and timed these may be missing: kernels to backbones, the package's own __init__ included.
 LIGHT = {room for layer in LAYERS[: DEPTH["models"] + 1] for room in layer} | {
     "weight_plan",
+    "weight_windows",
     "weights",
     "backbones",
     PACKAGE,
 }
-HEAVY = ("deepspeed", "pydantic", "tyro", "xformers", "apex", "nvidia")
-WHEN_ASKED = {"attention": "xformers", "nvidia_apex": "apex"}  # imported inside a function, by name of the user's
+HEAVY = ("deepspeed", "pydantic", "tyro", "xformers", "torchao", "apex", "nvidia")
+# Imported inside a function of these modules, by name of the user's.
+WHEN_ASKED = {"attention": "xformers", "nvidia_apex": "apex", "models.float8": "torchao"}
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
 
 
@@ -81,7 +83,7 @@ def objection(module: str, name: str) -> str | None:
         return "the package does not know its tests and benchmarks"
     if top == "kernels":
         return "the kernels' import name is sgmim_fast.kernels"
-    if room in LIGHT and top in HEAVY and WHEN_ASKED.get(room) != top:
+    if room in LIGHT and top in HEAVY and WHEN_ASKED.get(module.removeprefix(f"{PACKAGE}.")) != top:
         return f"{top} must not be needed where models are built"
     if top != PACKAGE:
         known = room != "kernels" or top in KERNELS_MAY_IMPORT

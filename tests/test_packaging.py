@@ -76,7 +76,8 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert fields["Name"] == "sgmim-fast"
     assert fields["Version"] == sgmim_fast.__version__
     assert fields["Requires-Python"] == ">=3.11"
-    assert {"dali", "xformers", "maps", "wandb", "export", "dev", "all"} == set(fields.get_all("Provides-Extra", []))
+    extras = {"dali", "xformers", "float8", "maps", "wandb", "export", "dev", "all"}
+    assert extras == set(fields.get_all("Provides-Extra", []))
     assert metadata(wheel, "entry_points.txt").split("\n")[:2] == ["[console_scripts]", "sgmim = sgmim_fast.cli:main"]
 
 

@@ -65,6 +65,27 @@ def test_an_arm_that_learns_something_else_is_beyond_the_spread(
     assert row["largest_deviation"]["torch"] > 0.1
 
 
+def test_products_in_fp8_are_held_against_those_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--steps", "2", "--last", "2", "--backends", "torch", "torch+float8", "--precision", "bf16"]
+    _, row = run(monkeypatch, tmp_path / "rows.jsonl", *words, "--seeds", "0", "1", "2")
+    plain, gathered, fp8, *others = row["curves"]
+    assert (gathered["arm"], fp8["arm"]) == ("torch", "torch+float8")
+    assert [curve["seed"] for curve in others] == [1, 2]
+    assert fp8["loss"] == pytest.approx(plain["loss"], rel=0.02)
+    assert fp8["loss"] != gathered["loss"]
+
+
+def test_arms_that_cannot_run_here_leave_their_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    status, row = run(monkeypatch, path, "--steps", "2", "--last", "2", "--backends", "torch+float8")
+    assert status == 0
+    assert row["benchmark"] == "parity_skipped"
+    assert "is for --precision bf16" in row["reasons"]["torch+float8"]
+    assert "torch+float8: left out" in capsys.readouterr().out
+
+
 def test_trainings_end_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Deadline, "left", lambda self: 0.0)
     status, row = run(monkeypatch, tmp_path / "rows.jsonl", "--steps", "8", "--last", "2", "--backends", "torch")
@@ -96,6 +117,12 @@ def test_curves_are_means_between_their_points() -> None:
     assert row["within_spread"] == {"torch": True}
     assert row["first_deviation"]["torch"] == 0.5
     assert row["largest_deviation"]["torch"] == 0.5
+    third = parity.judged([*arms, history("reference", 2, 4.0)], 300, options)
+    assert third["spread"]["loss"] == pytest.approx(((4 + 9 + 1) / 3) ** 0.5)
+    assert third["differences"] == row["differences"]
+    assert [(curve["arm"], curve["seed"]) for curve in third["curves"][1:]] == [
+        ("torch", 0), ("reference", 1), ("reference", 2)
+    ]  # fmt: skip
     lost = history("torch", 0, float("nan"))
     assert parity.judged([arms[0], lost, arms[2]], 300, options)["within_spread"] == {"torch": False}
 
@@ -104,7 +131,8 @@ def test_curves_are_means_between_their_points() -> None:
     ("words", "said"),
     [
         (["--steps", "3"], "--last 50 is more than --steps 3"),
-        (["--seeds", "1", "1"], "must differ"),
+        (["--seeds", "1", "1"], "--seeds 1 1 must be two or more that differ"),
+        (["--seeds", "1"], "--seeds 1 must be two or more"),
         (["--backends", "reference"], "arms are torch or triton"),
         (["--backends", "torch+fast"], "'fast' in 'torch+fast' is unknown"),
     ],

@@ -96,6 +96,25 @@ def test_label_that_is_no_class_is_an_error(wrong: int) -> None:
         SegmentationMetrics(5).update(torch.zeros(1, 1, 3, dtype=torch.int64), label)
 
 
+@pytest.mark.parametrize("wrong", [5, -1, 255])
+def test_prediction_that_is_no_class_is_an_error(wrong: int) -> None:
+    prediction = torch.tensor([[[0, wrong, 4]]])
+    metrics = SegmentationMetrics(5)
+    with pytest.raises(UserError, match=r"predictions range from .* segmentation.classes 5 allows 0 to 4; "):
+        metrics.update(prediction, torch.tensor([[[1, 1, 255]]]))
+    assert not metrics.state.any()
+
+
+def test_scores_of_other_classes_and_of_no_numbers_are_errors() -> None:
+    label = torch.zeros(1, 2, 2, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"scores are of 7 classes, and segmentation.classes is 5"):
+        SegmentationMetrics(5).update(torch.zeros(1, 7, 2, 2), label)
+    scores = torch.zeros(1, 5, 2, 2)
+    scores[0, 3, 1, 1] = float("nan")
+    with pytest.raises(UserError, match="hold values that are not numbers"):
+        SegmentationMetrics(5).update(scores, label)
+
+
 def test_other_shape_is_an_error() -> None:
     with pytest.raises(UserError, match=r"predicted as \(1, 2, 2\) and labelled as \(1, 2, 3\)"):
         SegmentationMetrics(5).update(torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(1, 2, 3, dtype=torch.int64))

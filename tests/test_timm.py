@@ -256,6 +256,13 @@ def test_own_checkpoints_come_back(encoder: str, tmp_path: Path) -> None:
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match="head"):
         make(encoder, num_classes=11, checkpoint_path=tmp_path / "own.pth")
+    net = make(encoder, features_only=True, checkpoint_path=tmp_path / "own.pth")
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    again = make(encoder, features_only=True, checkpoint_path=tmp_path / "net.pth")
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in net.state_dict().items())
+    lacking = dict(list(net.state_dict().items())[1:])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        again.load_state_dict(lacking)
 
 
 def test_timms_own_folder_comes_back(tmp_path: Path) -> None:
@@ -284,11 +291,16 @@ def test_pre_trained_weights_are_read_by_timms_loading(encoder: str, layout: Any
         found = make(encoder, **options).eval().forward_features(image)
         tokens = found[:, 1:] if encoder == "vit" else found.flatten(1, 2)
         torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
-    net = make(encoder, features_only=True, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-    assert all(
-        torch.equal(value, model.encoder.state_dict()[name.partition(".")[2]])
-        for name, value in net.state_dict().items()
-    )
+    for options in (
+        {"checkpoint_path": str(path)},
+        {"checkpoint_path": str(path), "out_indices": (0, 1)},
+        {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}},
+    ):
+        net = make(encoder, features_only=True, **options)
+        assert all(
+            torch.equal(value, model.encoder.state_dict()[name.partition(".")[2]])
+            for name, value in net.state_dict().items()
+        )
 
 
 def test_other_windows_channels_and_classifiers(tmp_path: Path) -> None:

@@ -64,6 +64,18 @@ def test_names_choose_how_an_arm_is_compiled(name: str, mode: str, graphs: bool)
     assert (variant.compiled, variant.mode, variant.graphs) == (True, mode, graphs)
 
 
+def test_an_arm_in_fp8_differs_by_its_rounding() -> None:
+    model = randomised(tiny("swin", depths=(1, 1), num_heads=(1, 2), embed_dim=16)).bfloat16()
+    inputs = tuple(x.bfloat16() if x.is_floating_point() else x for x in make_batch(model.config, 2, CPU))
+    plain, fp8 = (result_of(Runner(model, inputs, Variant.parse(name), "bf16")) for name in ("torch", "torch+float8"))
+    found = deviations(fp8, plain)
+    assert 0.01 < (found["gradient"] or 0.0) < 0.5
+    assert (found["loss"] or 0.0) < 0.02
+    assert Variant.parse("triton+compile+float8_rowwise").row()["float8"] == "rowwise"
+    with pytest.raises(UserError, match=r"'torch\+float8' is for --precision bf16"):
+        Runner(model, inputs, Variant.parse("torch+float8"), "fp32")
+
+
 def test_compiled_arms_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     compile_ = torch.compile

@@ -150,7 +150,7 @@ def test_official_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, su
 
 
 @pytest.mark.parametrize("wrap", ["model", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_containers(tmp_path: Path, wrap: str | None, prefix: str) -> None:
     model = randomised(tiny("vit"))
     state: dict[str, Any] = {prefix + key: value for key, value in model.state_dict().items()}

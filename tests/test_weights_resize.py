@@ -194,6 +194,23 @@ def test_what_a_backbone_ends_before_is_not_asked_for() -> None:
     refuses(lambda: load_weights(backbone, shallower), "depths (2, 2))", "depths (2, 2, 2))")
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_deeper_encoder_is_another_one(encoder: str) -> None:
+    """Unless its end was left out: a file's first blocks alone would be another encoder, too."""
+    few: dict[str, Any] = {"depths": (2, 2), "num_heads": (2, 2)}
+    if encoder == "vit":
+        few = {"depths": (2,)}
+    state = randomised(tiny(encoder)).encoder.state_dict()
+    shape = BackboneConfig.from_pretraining(tiny(encoder, **few), pyramid=False, norm="last")
+    for model in (Backbone(shape), Backbone(shape).encoder):
+        refuses_to_load(model, state, "build the model like the file's; out_indices leave out its end")
+    shape = BackboneConfig.from_pretraining(tiny(encoder), pyramid=False, out_indices=(0, 1))
+    short = Backbone(shape)
+    load_weights(short, state)
+    assert same(short.encoder.state_dict(), state, short.encoder.state_dict())
+    load_weights(Backbone(shape).encoder, state)
+
+
 def test_model_around_a_backbone() -> None:
     """As fine-tuning saves it: the backbone beside its head, and that in a trainer's module."""
     backbone = randomise(backbone_of("vit", norm="all"))

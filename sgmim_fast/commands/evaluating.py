@@ -8,13 +8,24 @@ from typing import Any
 
 from sgmim_fast.commands import finetuned_runs
 
-DESCRIPTION = (
-    "Test a fine-tuned model. Settings of the run, such as --data.path or --evaluation.windows, can be changed."
-)
+DESCRIPTION = "Test a fine-tuned model on images that it was not trained on."
+_TEACHING = f"""{DESCRIPTION}
+
+Depth: d1 d2 d3, AbsRel, SqRel, RMSE, RMSE of logarithms, log10 and SILog, each averaged over images. Segmentation:
+mIoU, mAcc and aAcc of all pixels, and the IoU of each class. Data and protocol are those of the run unless --data.*,
+--evaluation.*, --depth.min-depth or --depth.max-depth, as `sgmim finetune depth --help` explains them, stand last.
+"""
+_EXAMPLES = """examples:
+  sgmim evaluate runs/nyu --output figures.json
+  sgmim evaluate runs/nyu --limit 50 --evaluation.no-flip --evaluation.windows 1      quick, and a little worse
+  sgmim evaluate runs/kitti --data OTHER/kitti --depth.max-depth 50                   moved data, up to 50 m
+  sgmim evaluate runs/ade20k/checkpoints/step_080000 --evaluation.mode whole          an earlier checkpoint
+"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
+    parser.description, parser.epilog = _TEACHING, _EXAMPLES
     finetuned_runs.add_options(parser)
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images")
     parser.add_argument("--limit", type=int, help="so many images, evenly from all over the split, instead of all")

@@ -14,6 +14,7 @@ DESCRIPTION = "Save a run's newest weights for timm, Hugging Face and others, or
 WEIGHTS_LAYOUTS = ("sgmim", "simmim", "swin", "timm", "mim-depth")
 FOLDERS = ("hf",)
 PROGRAMS = {"torch-export": ".pt2", "onnx": ".onnx"}
+_SIZED = ("timm", *FOLDERS, *PROGRAMS)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     size = _image_size(arguments.image_size)
     if arguments.batch_size is not None and arguments.layout not in PROGRAMS:
         raise UserError(f"--batch-size is for {' and '.join(PROGRAMS)}; leave it out for {arguments.layout}")
+    if size is not None and _kind(arguments.layout) == "weights":
+        raise UserError(f"--image-size is for {', '.join(_SIZED)}; leave it out for {arguments.layout}")
     finetuned, weights = _weights(arguments.run)
     program = arguments.layout in PROGRAMS
     model = _finetuned(weights, whole=program) if finetuned else _pretrained(weights, arguments.run, program)
@@ -72,6 +75,8 @@ def _weights(folder: Path) -> tuple[bool, Path]:
     from sgmim_fast.train.arguments import kind_of_run
     from sgmim_fast.train.run_folder import WEIGHTS, latest_checkpoint
 
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds no config.json; name the folder of a run, which pretrain or finetune wrote")
     kind = kind_of_run(folder / "config.json")
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:

@@ -25,10 +25,16 @@ class FinetunedRun(NamedTuple):
     device: "torch.device"
 
 
+_CHANGEABLE = ("--data.", "--evaluation.", "--depth.min-depth", "--depth.max-depth")
+"""What may differ from the run's own settings; the rest is what the weights were trained as."""
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What both commands are told about the run."""
     parser.set_defaults(takes_settings=True)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, or of one of its checkpoints")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of the run or of one of its checkpoints, or its model.safetensors"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one, else the CPU)")
     parser.add_argument(
         "--backend", choices=("auto", "reference", "torch", "triton"), default="auto", help="implementation"
@@ -51,7 +57,7 @@ def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> Finetune
     from sgmim_fast.train.run_folder import WEIGHTS, latest_checkpoint
     from sgmim_fast.train.segmentation_job import SegmentationJob
 
-    named = arguments.run
+    named = arguments.run.parent if arguments.run.name == WEIGHTS else arguments.run
     run = named.resolve().parents[1] if (named / WEIGHTS).is_file() else named
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: is no run's folder (it has no config.json); name the --output of sgmim finetune")
@@ -67,11 +73,22 @@ def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> Finetune
         job = DepthJob(changed_config(load_config(run / "config.json", DEPTH), settings, DEPTH))
     else:
         job = SegmentationJob(changed_config(load_config(run / "config.json", SEGMENTATION), settings, SEGMENTATION))
+    _refuse_fixed(settings)
     device = open_device(arguments.device)
     task, notes = load_finetuned(weights)
     task.to(device)
     task.backbone.set_backend(arguments.backend)
     return FinetunedRun(task, job, notes, weights, device)
+
+
+def _refuse_fixed(settings: Sequence[str]) -> None:
+    for word in settings:
+        name = word.split("=")[0].replace("_", "-")
+        if name.startswith("--") and name != "--data" and not name.startswith(_CHANGEABLE):
+            raise UserError(
+                f"option {name} belongs to training, and the model is trained; what can be changed is --data.*, "
+                "--evaluation.*, --depth.min-depth and --depth.max-depth"
+            )
 
 
 def open_device(name: str | None) -> "torch.device":

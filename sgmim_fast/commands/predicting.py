@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from sgmim_fast.data.dense.evaluation import Picture
 
 DESCRIPTION = "Predict depth or classes of images: OUT/NAME.png to look at, OUT/NAME.npy (metres) or NAME_labels.png."
+_EXAMPLES = """examples:
+  sgmim predict runs/depth photos --out predicted
+  sgmim predict runs/depth a.jpg b.png --evaluation.no-flip       settings of the run stand last
+"""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff", ".jp2")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
+    parser.epilog = _EXAMPLES
     finetuned_runs.add_options(parser)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write")
@@ -50,7 +55,10 @@ def run(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for file in track(files, description="predicting"):
         picture = read_picture(file, fit=None if depth else opened.job.config.data.resize)
-        values = _predict(opened, picture)
+        try:
+            values = _predict(opened, picture)
+        except UserError as error:  # of an image's size, which does not know its name
+            raise UserError(f"{file}: {error}") from error
         if depth:
             np.save(out / numbers.format(file.stem), values.numpy())
         else:

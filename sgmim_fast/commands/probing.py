@@ -40,16 +40,8 @@ _EXAMPLES = f"""examples:
 """
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps lines as written, and is silent about options that are not set."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.formatter_class = _Help
     parser.description, parser.epilog = _TEACHING, _EXAMPLES
     parser.add_argument(
         "weights",

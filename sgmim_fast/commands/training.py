@@ -8,12 +8,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sgmim_fast.errors import UserError
-from sgmim_fast.finetune import USAGE, make_job, task_of
+from sgmim_fast.finetune import make_job, task_of
 
 if TYPE_CHECKING:
     from sgmim_fast.train.job import Job
 
 _RANKS = "--num-gpus N    ranks on this machine (default: all GPUs, or 1 CPU rank), then the training options:\n"
+_FINETUNE = """usage: sgmim finetune depth|segmentation [OPTIONS]
+
+Train a pre-trained backbone on to predict depth in metres, or a class, for every pixel.
+
+examples:
+  sgmim finetune depth --recipe scenes                 what `sgmim demo` made, in minutes without a GPU
+  sgmim finetune depth --recipe nyu --data DIR --weights RUN --output runs/nyu --resume auto
+  sgmim finetune segmentation --recipe ade20k --data DIR --weights FILE --backbone.name swin_base
+
+`sgmim finetune depth --help` and `sgmim finetune segmentation --help` list recipes and options."""
 
 
 def train(command: str, argv: Sequence[str]) -> int:
@@ -28,9 +38,7 @@ def train(command: str, argv: Sequence[str]) -> int:
     module = f"sgmim_fast.{command}"
     if "--help" in words or "-h" in words:
         if command == "finetune" and words[0].startswith("-"):
-            print(
-                f"usage: sgmim finetune depth|segmentation ...; {USAGE}\n`sgmim finetune depth --help` lists options."
-            )
+            print(_FINETUNE)
             return 0
         print(_RANKS)
         return subprocess.call([sys.executable, "-m", module, *words])

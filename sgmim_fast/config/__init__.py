@@ -31,7 +31,7 @@ from sgmim_fast.config.tasks import (
     SegmentationEvalConfig,
     SegmentationMode,
 )
-from sgmim_fast.config.training import Attention, Backend, FaultConfig, MonitorConfig, Norm, TrainConfig
+from sgmim_fast.config.training import Attention, Backend, FaultConfig, Float8, MonitorConfig, Norm, TrainConfig
 
 __all__ = [
     "FROM_SCRATCH",
@@ -55,6 +55,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneOptimizerConfig",
     "FinetuneScheduleConfig",
+    "Float8",
     "Guidance",
     "LabelDataset",
     "Loader",

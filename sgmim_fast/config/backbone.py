@@ -72,6 +72,11 @@ class BackboneConfig:
         self._check_image_size()
         self._set_windows()
         self._set_outputs()
+        require(isinstance(self.pyramid, bool), f"pyramid {self.pyramid!r} must be true or false")
+        for name in ("drop_path_rate", "norm_eps", "layer_scale_init"):
+            value = getattr(self, name)
+            left_out = value is None and name == "layer_scale_init"
+            require(left_out or _is_number(value), f"{name} {value!r} must be a number")
         require(0.0 <= self.drop_path_rate < 1.0, f"drop_path_rate {self.drop_path_rate} must be in [0, 1)")
         require(self.layer_scale_init is None or vit, "layer_scale_init is for the ViT encoder; leave it out for Swin")
         require(self.norm_eps > 0, f"norm_eps {self.norm_eps} must be positive")
@@ -95,20 +100,23 @@ class BackboneConfig:
         windows = _integers("window_size", self.window_size)
         if isinstance(self.window_size, int):
             windows = tuple(min((self.window_size, *self.stage_map(stage))) for stage in range(stages))
-        shifts = (self.use_shift,) * stages if isinstance(self.use_shift, bool) else tuple(self.use_shift)
+        shifts = (self.use_shift,) * stages if isinstance(self.use_shift, bool) else self.use_shift
         require(
-            all(isinstance(shift, bool) for shift in shifts), f"use_shift {shifts} must be true or false, once a stage"
+            isinstance(shifts, tuple | list) and all(isinstance(shift, bool) for shift in shifts),
+            f"use_shift {shifts!r} must be true or false, for all stages or once a stage",
         )
+        shifts = tuple(shifts)
         pretrained = windows
         if self.pretrained_window_size is not None:
             pretrained = _integers("pretrained_window_size", self.pretrained_window_size)
             if isinstance(self.pretrained_window_size, int):
                 pretrained *= stages
         found = {"window_size": windows, "use_shift": shifts, "pretrained_window_size": pretrained}
+        remedy = "; a ViT has no windows: set window_size and use_shift to None" if self.encoder == "vit" else ""
         for name, values in found.items():
             require(
                 len(values) == stages,
-                f"{name} {values} must be one for all stages or have one entry a stage, {stages} in all",
+                f"{name} {values} must be one for all stages or have one entry a stage, {stages} in all{remedy}",
             )
             require(min(values) >= 1 or name == "use_shift", f"{name} {values} must be 1 or more each")
             self._set(name, values)
@@ -211,6 +219,10 @@ class BackboneConfig:
 
 def _natural(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...]:

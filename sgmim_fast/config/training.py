@@ -8,6 +8,7 @@ from sgmim_fast.config.checks import one_of, require
 Backend = Literal["auto", "reference", "torch", "triton"]
 Attention = Literal["auto", "sdpa", "xformers"]
 Norm = Literal["torch", "apex"]
+Float8 = Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class TrainConfig:
     """The backend's own ("auto"), PyTorch's scaled_dot_product_attention ("sdpa") or "xformers" (CUDA)."""
     norm: Norm = "torch"
     """LayerNorm of PyTorch ("torch") or NVIDIA's "apex" FusedLayerNorm (CUDA)."""
+    float8: Float8 = "off"
+    """Multiply the encoder's matrices in FP8, by a recipe of torchao: one scale a tensor ("tensorwise", fastest), a row
+    ("rowwise"), or a row with weights' gradients in bf16 ("rowwise_with_gw_hp", most exact). bf16; GPUs from 8.9 on."""
     compile: bool = False
     """Compile the whole step with torch.compile, which takes its time first; drop path then draws other numbers."""
     seed: int = 0
@@ -59,6 +63,7 @@ class TrainConfig:
         one_of("train.attention", self.attention, get_args(Attention))
         one_of("train.norm", self.norm, get_args(Norm))
         one_of("train.overlap_comm", self.overlap_comm, ("auto", "on", "off"))
+        one_of("train.float8", self.float8, get_args(Float8))
         for name in ("batch_size", "accumulation_steps", "log_every", "checkpoint_every", "keep_last", "bucket_size"):
             require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} must be 1 or more")
         for name in ("keep_every", "max_steps"):
@@ -79,6 +84,10 @@ class TrainConfig:
         require(
             self.zero_stage >= 1 or not (self.offload_optimizer or self.overlap_comm == "on"),
             "train.offload_optimizer and train.overlap_comm need train.zero_stage 1 or more",
+        )
+        require(
+            self.float8 == "off" or self.precision == "bf16",
+            f"train.float8 {self.float8} is for train.precision bf16: what is not FP8 is bf16; choose both, or neither",
         )
         require(
             self.attention == "auto" or self.backend != "reference",

@@ -105,7 +105,7 @@ def example(sides: tuple[int, int], batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, *sides, generator=torch.Generator().manual_seed(0))
 
 
-def check_same(ours: list[Tensor], theirs: list[Tensor], what: str, tolerance: float) -> float:
+def check_same(ours: list[Tensor], theirs: list[Tensor], what: str, tolerance: float, why: str = "") -> float:
     """The largest absolute difference between a model's outputs and its export's.
 
     Args:
@@ -113,6 +113,7 @@ def check_same(ours: list[Tensor], theirs: list[Tensor], what: str, tolerance: f
         theirs: of the export.
         what: the export's name in messages.
         tolerance: what is allowed, for values up to 1; larger ones are allowed it times the largest.
+        why: what may be the cause of a difference, and the remedy.
 
     Raises:
         UserError: if they differ by more, or in number or shape.
@@ -126,7 +127,10 @@ def check_same(ours: list[Tensor], theirs: list[Tensor], what: str, tolerance: f
         worst = float((one - other).abs().max())
         limit = tolerance * max(1.0, float(one.abs().max()))
         if not worst <= limit:  # NaN as well
-            raise UserError(f"{what} differs from the model by {worst:.2g}, more than {limit:.2g}; it was not written")
+            reason = f" ({why})" if why else ""
+            raise UserError(
+                f"{what} differs from the model by {worst:.2g}, more than {limit:.2g}{reason}; it was not written"
+            )
         difference = max(difference, worst)
     return difference
 

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from sgmim_fast.config import BackboneConfig
 from sgmim_fast.errors import UserError, first_line
 from sgmim_fast.exporting.source import (
     TOLERANCE,
@@ -80,8 +81,11 @@ def export_timm(
     source = source_of(model)
     source.check_whole("timm")
     if image_size is None and source.image_size is None:
-        raise UserError("image_size is needed: timm's models are made for one, and this backbone for none")
+        raise UserError(
+            "image_size (--image-size) is needed: timm's models are made for one, and this backbone for none"
+        )
     sides = sides_of(image_size if image_size is not None else source.image_size)  # type: ignore[arg-type]
+    _check_sides(source.shape, sides)
     name, options = _TIMM[source.shape.encoder], _options(source, sides)
     path = check_path(path, ".safetensors")
     image, encoder = example(sides), plain_copy(source.encoder)
@@ -97,8 +101,37 @@ def export_timm(
             ours = [encoder(image)]
             tokens = theirs.forward_features(image)
             given = [tokens[:, 1:] if source.shape.encoder == "vit" else tokens.flatten(1, 2)]
-        difference = check_same(ours, given, "timm's model", tolerance)
+        difference = check_same(ours, given, "timm's model", tolerance, _why_timm_differs(source.shape, sides))
     return TimmExport(path, _call(name, options | _reading(source, path)), difference)
+
+
+def _check_sides(shape: BackboneConfig, sides: tuple[int, int]) -> None:
+    """Refuses an image for which timm's model would be another."""
+    rows, columns = (side // shape.patch_size for side in sides)
+    if shape.encoder == "vit" and (rows, columns) != shape.stage_map(0):
+        own = tuple(side * shape.patch_size for side in shape.stage_map(0))
+        raise UserError(
+            f"timm's Beit takes images of one size, and the position table here is for {own}, not {sides}; name that "
+            "one, or build the backbone for the other"
+        )
+
+
+def _why_timm_differs(shape: BackboneConfig, sides: tuple[int, int]) -> str:
+    """The stages whose windows timm pads, reduces or shifts otherwise; nothing where it does as here."""
+    if shape.encoder == "vit":
+        return ""
+    stages = []
+    for stage in range(shape.levels):
+        rows, columns = (-(-side // (shape.patch_size * 2**stage)) for side in sides)
+        window = shape.window_of(stage)[0]
+        if rows % window or columns % window or (rows > window) != (columns > window):
+            stages.append(f"{window} on {rows}x{columns} tokens in stage {stage}")
+    if not stages:
+        return ""
+    return (
+        f"timm pads, shifts and reduces windows otherwise where they do not divide a map or cover one side alone: here "
+        f"{', '.join(stages)}; choose an image_size whose maps they divide"
+    )
 
 
 def _options(source: Source, sides: tuple[int, int]) -> dict[str, Any]:

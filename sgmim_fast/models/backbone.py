@@ -8,14 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import PyTorchModelHubMixin
-from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import Tensor, nn
 
 from sgmim_fast.config import Attention, BackboneConfig, Backend
 from sgmim_fast.config.checks import known_fields
 from sgmim_fast.errors import UserError, first_line
 from sgmim_fast.models.choices import Choices, make_encoder
+from sgmim_fast.weight_files import read_tensors
 
 
 class MapNorm(nn.LayerNorm):
@@ -91,10 +92,8 @@ class Backbone(Choices, PyTorchModelHubMixin, library_name="sgmim_fast", tags=["
             image: (B, 3, H, W), any H and W, ImageNet-normalised RGB; cast to the dtype of the weights.
 
         Raises:
-            UserError: for another shape.
+            UserError: for another shape, an empty batch, or integers, which are not normalised.
         """
-        if image.dim() != 4 or image.shape[1] != 3:
-            raise UserError(f"image must be (B, 3, H, W); got {tuple(image.shape)}")
         maps = [x.permute(0, 3, 1, 2) for x in self.encoder.maps_of(image)]
         for number, norm in enumerate(self.out_norms):
             maps[number] = norm(maps[number])
@@ -104,17 +103,61 @@ class Backbone(Choices, PyTorchModelHubMixin, library_name="sgmim_fast", tags=["
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "Backbone":
         """A backbone from a folder that ``save_pretrained`` wrote, or from the Hugging Face Hub, in evaluation mode.
 
+        In the dtype that its weights have.
+
         Args:
             pretrained_model_name_or_path: the folder, or ``"user/name"``.
-            **options: those of ``huggingface_hub.ModelHubMixin.from_pretrained``, ``backend`` and ``attention``.
+            **options: ``backend``, ``attention``, and ``map_location`` for the device; for the Hub those of
+                ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and
+                ``force_download``.
 
         Raises:
-            UserError: if a folder's configuration is missing, damaged or not one of this version.
+            UserError: if it is not there, or its configuration or weights are missing, damaged, of another shape or not
+                of this version; or for another option.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir() and "config" not in options:
-            options["config"] = _read_shape(folder / CONFIG_NAME)
-        return super().from_pretrained(pretrained_model_name_or_path, **{"strict": True} | options)
+        if unknown := sorted(options.keys() - {*_CHOICES, *_HUB_OPTIONS, "map_location"}):
+            raise UserError(
+                f"from_pretrained has no option {', '.join(unknown)}; it has {', '.join(_CHOICES)}, map_location, "
+                f"{', '.join(_HUB_OPTIONS)}, and the shape is the folder's"
+            )
+        choices, where = (
+            {name: options[name] for name in names if name in options} for names in (_CHOICES, _HUB_OPTIONS)
+        )
+        folder = _folder_of(pretrained_model_name_or_path, where)
+        shape, path = folder / CONFIG_NAME, folder / SAFETENSORS_SINGLE_FILE
+        backbone = cls(_read_shape(shape), **choices)
+        _, state = read_tensors(path)
+        own = backbone.state_dict()
+        wrong = [
+            name
+            for name in sorted(own.keys() | state.keys())
+            if name not in own or name not in state or own[name].shape != state[name].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"{path}: does not fit {CONFIG_NAME} beside it ({len(wrong)} names are missing, unknown or of another "
+                f"shape, {wrong[0]} first); save the backbone again"
+            )
+        backbone.to(next(iter(state.values())).dtype).load_state_dict(state)
+        return backbone.to(options.get("map_location", "cpu")).eval()
+
+
+_CHOICES = ("backend", "attention")
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def _folder_of(name: str | Path, options: dict[str, Any]) -> Path:
+    """A folder of that name, or a copy of what the Hub has by it."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG_NAME, SAFETENSORS_SINGLE_FILE], **options))
+    # No connection, no such name, no access: each is told by an exception of its own.
+    except Exception as error:
+        raise UserError(
+            f"{name}: is no folder, and the Hugging Face Hub did not give it ({first_line(error)}); name a folder of "
+            "save_pretrained, or user/name"
+        ) from error
 
 
 def _read_shape(path: Path) -> BackboneConfig:

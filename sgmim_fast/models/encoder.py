@@ -1,12 +1,14 @@
 """What the encoders share: they begin with patches, give maps, and stand masked cells in for in pre-training."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sgmim_fast import ops, reference
 from sgmim_fast.config import BackboneConfig, ModelConfig
+from sgmim_fast.errors import UserError
 from sgmim_fast.masking import CELL
 from sgmim_fast.models.layers import BlockStage, PatchEmbed
 
@@ -71,6 +73,7 @@ class ImageEncoder(nn.Module):
 
     def _embed(self, image: Tensor, mask: Tensor | None) -> Tensor:
         """Plain path: embed every patch, then overwrite masked ones. (B, 3, H, W) -> (B, H / p, W / p, C)."""
+        check_image(image, self.patch_embed.proj.in_channels)
         x = self.patch_embed(image.to(self.patch_embed.proj.weight.dtype))
         if mask is None:
             return x
@@ -86,6 +89,24 @@ class ImageEncoder(nn.Module):
         weight, bias, eps = (None, None, 0.0) if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
         token = self.mask_token.view(-1)
         return ops.embed_visible(image, visible, proj.weight, proj.bias, weight, bias, eps, token, backend=backend)
+
+
+def check_image(image: Any, channels: int) -> None:
+    """Refuses what is no batch of images, and what cannot be normalised.
+
+    Raises:
+        UserError: which says what it must be.
+    """
+    if not isinstance(image, Tensor):
+        raise UserError(f"image must be a tensor (B, {channels}, H, W); got {type(image).__name__}")
+    shape = tuple(image.shape)
+    if len(shape) != 4 or shape[1] != channels:
+        raise UserError(f"image must be (B, {channels}, H, W); got {shape}")
+    if not image.is_floating_point():
+        kind = str(image.dtype).removeprefix("torch.")
+        raise UserError(f"image is {kind}; it must be floating-point and normalised, by ImageNet's mean and deviation")
+    if 0 in shape:
+        raise UserError(f"image {shape} is empty; each of B, H and W must be 1 or more")
 
 
 def encoder_shape(config: ModelConfig | BackboneConfig) -> BackboneConfig:

@@ -86,7 +86,12 @@ class QkvLinear(nn.Linear):
         super().__init__(width, 3 * width, bias=False)
 
     def forward(self, x: Tensor, q_bias: Tensor, v_bias: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, self.weight, torch.cat((q_bias, torch.zeros_like(v_bias), v_bias)))
+        return F.linear(x, self.weight, qkv_bias(q_bias, v_bias))
+
+
+def qkv_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
+    """Of the projection to queries, keys and values, in this order: 2 x (C,) -> (3 C,), zeros for the keys."""
+    return torch.cat((q_bias, torch.zeros_like(v_bias), v_bias))
 
 
 class PixelHead(nn.Conv2d):

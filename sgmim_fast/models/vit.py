@@ -43,8 +43,8 @@ class Block(nn.Module):
         self.attn = Attention(width, config.num_heads[0])
         self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = Mlp(width)
-        self.gamma_1 = None if scale is None else nn.Parameter(torch.full((width,), scale))
-        self.gamma_2 = None if scale is None else nn.Parameter(torch.full((width,), scale))
+        self.gamma_1 = None if scale is None else nn.Parameter(torch.full((width,), float(scale)))
+        self.gamma_2 = None if scale is None else nn.Parameter(torch.full((width,), float(scale)))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:

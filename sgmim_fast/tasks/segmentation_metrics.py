@@ -30,28 +30,43 @@ class SegmentationMetrics:
             label: (B, H, W) int64, 255 where ignored.
 
         Raises:
-            UserError: if a label is no class, or the sizes differ.
+            UserError: if a label or a prediction is no class, scores are of other classes or no numbers, or sizes
+                differ.
         """
         # Imported here: it takes seconds, and tasks without classes do without.
         from torchmetrics.functional.classification import multiclass_confusion_matrix
 
         if prediction.is_floating_point():
-            prediction = prediction.argmax(1)
+            prediction = self._largest(prediction)
         if prediction.shape != label.shape:
             raise UserError(
                 f"classes were predicted as {tuple(prediction.shape)} and labelled as {tuple(label.shape)} (images, "
                 "height, width); resize the scores to the labels"
             )
-        counted = label[label != IGNORED_LABEL]
-        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < self.classes:
-            raise UserError(
-                f"labels range from {int(counted.min())} to {int(counted.max())}, and segmentation.classes "
-                f"{self.classes} allows 0 to {self.classes - 1} and {IGNORED_LABEL}; check the label maps"
-            )
+        self._check_range("labels", label[label != IGNORED_LABEL], f" and {IGNORED_LABEL}; check the label maps")
+        self._check_range("predictions", prediction, "; they must be of as many classes")
         matrix = multiclass_confusion_matrix(
             prediction, label, self.classes, ignore_index=IGNORED_LABEL, validate_args=False
         )
         self.state += matrix.to(self.state.device)
+
+    def _largest(self, scores: Tensor) -> Tensor:
+        if scores.shape[1] != self.classes:
+            raise UserError(
+                f"scores are of {scores.shape[1]} classes, and segmentation.classes is {self.classes}; use the model "
+                "with the number of classes that it was trained with"
+            )
+        largest, prediction = scores.max(1)
+        if largest.isnan().any():  # which max takes for the largest, wherever it stands
+            raise UserError("scores of classes hold values that are not numbers; check the weights and the image")
+        return prediction
+
+    def _check_range(self, what: str, values: Tensor, rest: str) -> None:
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.classes:
+            raise UserError(
+                f"{what} range from {int(values.min())} to {int(values.max())}, and segmentation.classes "
+                f"{self.classes} allows 0 to {self.classes - 1}{rest}"
+            )
 
     def class_iou(self) -> Tensor:
         """(classes,) float64: intersection over union; not a number for classes neither labelled nor predicted."""

@@ -16,8 +16,8 @@ from torch import nn
 from sgmim_fast.config import BackboneConfig
 from sgmim_fast.config.checks import require
 from sgmim_fast.recipes import MODELS
-from sgmim_fast.timm.classifiers import ClassifyingSwin, ClassifyingViT
-from sgmim_fast.timm.loading import name_classifier
+from sgmim_fast.timm.classifiers import ClassifyingSwin, ClassifyingViT, TimmModel
+from sgmim_fast.timm.loading import name_classifier, name_wrapped
 
 __all__ = ["ClassifyingSwin", "ClassifyingViT"]  # timm adds the names that it registers
 
@@ -42,7 +42,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     if MODELS[name].encoder == "vit":
         levels = range(sum(depths) if isinstance(depths, tuple | list) else depths)[-4:]
     features = {"out_indices": options.pop("out_indices", tuple(levels)), "feature_cls": "getter"}
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         partial(_model, name),
         name,
         pretrained,
@@ -50,6 +50,9 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         feature_cfg=features,
         **options,
     )
+    if not isinstance(model, TimmModel):  # features_only
+        model.register_load_state_dict_pre_hook(name_wrapped)
+    return model
 
 
 def _described(name: str) -> dict[str, Any]:

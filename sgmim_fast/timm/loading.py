@@ -47,3 +47,16 @@ def _classifier_name(model: Any, key: str) -> str:
 def name_classifier(state: dict[str, Any], model: Any) -> dict[str, Any]:
     """So named, timm finds the classifier where it is to leave it out."""
     return {_classifier_name(model, key) if key.startswith("head.") else key: state[key] for key in state}
+
+
+def name_wrapped(net: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded into a net of features: names of the model within it are put where that one is.
+
+    Without this timm's ``checkpoint_path`` would read no weights but those of such a net.
+    """
+    inner = f"{prefix}model."
+    own = {inner + name for name in net.model.state_dict()}
+    given = [key for key in state if key.startswith(prefix)]
+    if given and not own.issuperset(given):
+        for key in given:
+            state[inner + key.removeprefix(prefix)] = state.pop(key)

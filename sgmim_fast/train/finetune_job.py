@@ -20,6 +20,7 @@ from sgmim_fast.data.order import Place, SampleOrder
 from sgmim_fast.data.substitution import BadSample
 from sgmim_fast.errors import UserError
 from sgmim_fast.models.backbone import Backbone
+from sgmim_fast.models.float8 import use_float8
 from sgmim_fast.models.norms import use_norm
 from sgmim_fast.tasks.evaluation import Counts
 from sgmim_fast.tasks.finetuned import DenseTask, TaskConfig, backbone_options, make_task, save_finetuned
@@ -178,6 +179,7 @@ class FinetuneJob(Job[FineConfig]):
         backbone.set_backend(backend)
         backbone.set_attention(train.attention)
         use_norm(task, train.norm)
+        use_float8(backbone, train.float8)
         backbone.set_activation_checkpointing(train.activation_checkpointing)
         return task
 

@@ -76,7 +76,13 @@ class PretrainJob(Job[PretrainConfig]):
     def make_task(self, device: torch.device | None, backend: Backend) -> PretrainTask:
         train = self.config.train
         return PretrainTask(
-            self.config.model, backend, train.attention, train.norm, device, train.activation_checkpointing
+            self.config.model,
+            backend,
+            train.attention,
+            train.norm,
+            device,
+            train.activation_checkpointing,
+            train.float8,
         )
 
     def model(self, task: PretrainTask) -> SGMIM:

@@ -12,7 +12,7 @@ Start it with a launcher, one process a GPU (or, without GPUs, a CPU rank each):
   deepspeed --num_gpus 2 --module sgmim_fast.finetune {kind} --recipe {recipe} --data DIR --weights runs/one ...
   torchrun --nproc-per-node 2 -m sgmim_fast.finetune {kind} --recipe {recipe} --data DIR --weights runs/one ...
 
---recipe NAME   start from one of: {{recipes}}
+--recipe NAME   start from one of: {{recipes}} (default: folder); with it, --help shows its settings
 --config FILE   YAML with any of the options below, nested by their dots
 --data PATH     short for --data.path
 --weights PATH  short for --backbone.weights

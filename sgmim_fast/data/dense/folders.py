@@ -111,3 +111,17 @@ def read_scenes_description(root: Path) -> dict[str, Any]:
     if not (root / "metadata.jsonl").is_file():
         raise UserError(f"{root} is not finished; run the same `sgmim synth` again, it continues")
     return {"near": near, "labels": labels}
+
+
+def read_ade20k_names(root: Path, classes: int) -> list[str] | None:
+    """The first name of each class in ADEChallengeData2016's ``objectInfo150.txt``; None if it does not name them all.
+
+    It is a table with a head: number from 1, share, images of two splits, a mark, and names with commas between.
+    """
+    try:
+        rows = [line.rstrip().split("\t") for line in (root / "objectInfo150.txt").read_text().splitlines()[1:]]
+    except (OSError, UnicodeDecodeError):
+        return None  # names are for people alone
+    names = {row[0].strip(): row[-1].split(",")[0].strip() for row in rows if len(row) > 1}
+    found = [names.get(str(number), "") for number in range(1, classes + 1)]
+    return found if all(found) and len(names) == classes else None

@@ -12,6 +12,7 @@ from sgmim_fast.data.dense.folders import (
     check_root,
     listed_split,
     own_split,
+    read_ade20k_names,
     read_scenes_description,
 )
 from sgmim_fast.data.dense.label_maps import LabelReader
@@ -48,7 +49,7 @@ _BENCHMARKS = {
         "the Eigen split of BTS (train_test_inputs/) or MIM-Depth-Estimation (dataset/filenames/eigen_benchmark/)",
     ),
     "nyu": _Benchmark(
-        DepthReader("NYU-v2", 1000, reach=Reach("NYU-v2 reaches 2.7 to 15 m", (2.7, 15), (0.9, 9))),
+        DepthReader("NYU-v2", 1000, reach=Reach("NYU-v2 reaches 2.7 to 15 m", (2.7, 15), (1.5, 9))),
         {
             "train": ("nyudepthv2_train_files_with_gt.txt", "train_list.txt"),
             "val": ("nyudepthv2_test_files_with_gt.txt", "test_list.txt"),
@@ -131,7 +132,8 @@ def open_labels(config: SegmentationDataConfig, split: Split, *, classes: int) -
 
     Layouts below ``config.path``; lists, where given, take the place of the data set's own split:
 
-    * ade20k: images/training, images/validation, annotations/training, annotations/validation of ADEChallengeData2016.
+    * ade20k: images/training, images/validation, annotations/training, annotations/validation of ADEChallengeData2016,
+      and its objectInfo150.txt for the names of classes, if it is there.
     * scenes: what `sgmim synth` writes; the last tenth by name is for evaluation.
     * folder: images/ and labels/ with subfolders train and val, or the last tenth by name for evaluation; 8-bit PNG.
 
@@ -146,6 +148,7 @@ def open_labels(config: SegmentationDataConfig, split: Split, *, classes: int) -
     names = None
     if config.dataset == "ade20k":
         found = listed_split(root, split, lists) or _ade20k_split(root, split)
+        names = read_ade20k_names(root, classes)
     elif config.dataset == "scenes":
         names = read_scenes_description(root)["labels"]
         if len(names) != classes:
