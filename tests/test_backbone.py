@@ -169,6 +169,31 @@ def test_a_shift_matters_only_where_it_is_used() -> None:
     assert torch.equal(covered[0], small("swin", window_size=16, use_shift=False)(image)[0])
 
 
+@pytest.mark.parametrize("hw", [(64, 64), (65, 101), (5, 97), (1, 1)])
+def test_pyramid_of_a_vit_ends_with_the_image(hw: tuple[int, int]) -> None:
+    """And each level is what its convolutions give of the whole patches, the norm between two of them over channels."""
+    backbone = small("vit").eval()
+    image = picture(*hw)
+    maps = backbone(image)
+    sizes = [tuple(-(-side // stride) for side in hw) for stride in (4, 8, 16, 32)]
+    assert (backbone.strides, [tuple(x.shape[2:]) for x in maps]) == ((4, 8, 16, 32), sizes)
+    blocks = [x.permute(0, 3, 1, 2) for x in backbone.encoder.maps_of(image)]
+    state = backbone.state_dict()
+
+    def enlarged(x: Tensor, name: str) -> Tensor:
+        return F.conv_transpose2d(x, state[f"pyramid.{name}.weight"], state[f"pyramid.{name}.bias"], stride=2)
+
+    first = enlarged(blocks[0], "0.0").movedim(1, -1)
+    first = F.layer_norm(first, first.shape[-1:], state["pyramid.0.1.weight"], state["pyramid.0.1.bias"], 1e-6)
+    expected = [
+        enlarged(F.gelu(first.movedim(-1, 1)), "0.3"),
+        enlarged(blocks[1], "1"),
+        blocks[2],
+        F.max_pool2d(blocks[3], 2, ceil_mode=True),
+    ]
+    assert_same_maps(maps, [x[:, :, :h, :w] for x, (h, w) in zip(expected, sizes, strict=True)])
+
+
 # -- the same as in pre-training
 
 
