@@ -74,7 +74,8 @@ def load_weights(
             f"MIM-Depth-Estimation ones; its first names are {some(list(tensors))}"
         )
     own: dict[str, Tensor] = model.state_dict()
-    plan = make_plan(reading, tensors, own, target, model.config.depths, _outputs(model))
+    config: Any = model.config
+    plan = make_plan(reading, tensors, own, target, config.depths, _outputs(model))
     how = _resampling(resize, target, plan.held)
     if plan.fits:
         fit_shapes(plan, own, how, None if isinstance(source, Mapping) else _file_map(source), _own_map(model))
