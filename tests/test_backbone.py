@@ -126,7 +126,8 @@ def plain_maps(backbone: Backbone, image: Tensor) -> list[Tensor]:
         window, use_shift, _ = config.window_of(stage)
         for number in range(depth):
             name = f"layers.{stage}.blocks.{number}"
-            shift = window // 2 if use_shift and number % 2 and min(x.shape[1:3]) > window else 0
+            free = config.shift_covered or min(x.shape[1:3]) > window
+            shift = window // 2 if use_shift and number % 2 and free else 0
             own = {key.removeprefix(f"{name}.attn."): state[key] for key in state if key.startswith(f"{name}.attn.")}
             x = x + plain_attention(norm(x, f"{name}.norm1"), own, config.num_heads[stage], window, shift)
             x = x + linear(F.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
@@ -148,8 +149,10 @@ def plain_maps(backbone: Backbone, image: Tensor) -> list[Tensor]:
         ((65, 101), {"window_size": (5, 9, 3, 1)}),  # 9 covers the second map's 9 rows
         ((30, 75), {"window_size": 6}),  # larger than the late maps
         ((3, 5), {"window_size": 2}),  # less than a patch
+        ((65, 101), {"window_size": (5, 9, 3, 3), "shift_covered": True}),
+        ((30, 75), {"window_size": 6, "shift_covered": True}),
     ],
-    ids=["odd", "some-unshifted", "covered", "smaller-than-windows", "tiny"],
+    ids=["odd", "some-unshifted", "covered", "smaller-than-windows", "tiny", "covered-shifted", "smaller-shifted"],
 )
 def test_sizes_that_nothing_divides(hw: tuple[int, int], fields: dict[str, Any]) -> None:
     backbone = small("swin", **fields).eval()
@@ -167,6 +170,33 @@ def test_a_shift_matters_only_where_it_is_used() -> None:
     assert not torch.allclose(one[0], other[0])
     covered = small("swin", window_size=16)(image)
     assert torch.equal(covered[0], small("swin", window_size=16, use_shift=False)(image)[0])
+    always = small("swin", window_size=16, shift_covered=True)(image)
+    assert not torch.allclose(always[0], covered[0])
+
+
+@pytest.mark.parametrize("hw", [(64, 64), (65, 101), (5, 97), (1, 1)])
+def test_pyramid_of_a_vit_ends_with_the_image(hw: tuple[int, int]) -> None:
+    """And each level is what its convolutions give of the whole patches, the norm between two of them over channels."""
+    backbone = small("vit").eval()
+    image = picture(*hw)
+    maps = backbone(image)
+    sizes = [tuple(-(-side // stride) for side in hw) for stride in (4, 8, 16, 32)]
+    assert (backbone.strides, [tuple(x.shape[2:]) for x in maps]) == ((4, 8, 16, 32), sizes)
+    blocks = [x.permute(0, 3, 1, 2) for x in backbone.encoder.maps_of(image)]
+    state = backbone.state_dict()
+
+    def enlarged(x: Tensor, name: str) -> Tensor:
+        return F.conv_transpose2d(x, state[f"pyramid.{name}.weight"], state[f"pyramid.{name}.bias"], stride=2)
+
+    first = enlarged(blocks[0], "0.0").movedim(1, -1)
+    first = F.layer_norm(first, first.shape[-1:], state["pyramid.0.1.weight"], state["pyramid.0.1.bias"], 1e-6)
+    expected = [
+        enlarged(F.gelu(first.movedim(-1, 1)), "0.3"),
+        enlarged(blocks[1], "1"),
+        blocks[2],
+        F.max_pool2d(blocks[3], 2, ceil_mode=True),
+    ]
+    assert_same_maps(maps, [x[:, :, :h, :w] for x, (h, w) in zip(expected, sizes, strict=True)])
 
 
 # -- the same as in pre-training
@@ -242,6 +272,11 @@ def test_kernels_give_the_same_maps_and_gradients(encoder: str) -> None:
     backbone.set_backend("triton")
     assert_same_maps(backbone(image), maps, CLOSE["rtol"])
     assert_same_gradients(gradients(backbone, image), expected, CLOSE["rtol"])
+    if encoder != "vit":
+        covered = small(encoder, **fields | {"window_size": 8, "shift_covered": True}).to(DEVICE, EXACT)
+        maps = covered(image)
+        covered.set_backend("triton")
+        assert_same_maps(covered(image), maps, CLOSE["rtol"])
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -179,6 +179,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"norm_eps": "1e-6"}, "norm_eps '1e-6' must be a number"),
     ({"layer_scale_init": "small"}, "layer_scale_init 'small' must be a number"),
     ({"pyramid": "no"}, "pyramid 'no' must be true or false"),
+    ({"shift_covered": 1}, "shift_covered 1 must be true or false"),
 ]
 
 

@@ -97,6 +97,7 @@ def test_folder_for_masked_image_modelling(tmp_path: Path) -> None:
 
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "swin": ("swin", {"norm": "all"}),
+    "swin_all_shifted": ("swin", {"norm": "all", "window_size": 4, "shift_covered": True}),
     "swin_two_maps": ("swin", {"norm": "all", "out_indices": (1, 3)}),
     "swinv2": ("swinv2", {"image_size": 128}),
     "swinv2_other_windows": (
@@ -104,6 +105,7 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
         {"image_size": 128, "window_size": (8, 8, 8, 4), "use_shift": (True,) * 2 + (False,) * 2},
     ),
     "swinv2_any_size": ("swinv2", {}),
+    "swinv2_all_shifted": ("swinv2", {"shift_covered": True}),
     "vit": ("vit", {"pyramid": False, "out_indices": (0, 1, 2)}),
 }
 
@@ -139,6 +141,8 @@ def test_notes_on_other_maps(tmp_path: Path) -> None:
     export = export_huggingface(backbone_of("vit", norm="last"), tmp_path)
     assert export.classes == ("BeitModel",)
     assert "pyramid=False" in export.notes[0]
+    always = backbone_of("swin", norm="all", shift_covered=True)
+    assert export_huggingface(always, tmp_path).notes[-1].startswith("SwinModel shifts no windows")
     assert "shifts windows also" in export_huggingface(backbone_of("swin", norm="all"), tmp_path).notes[-1]
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["SwinBackbone"]
 
@@ -156,6 +160,8 @@ def test_what_transformers_cannot_hold(tmp_path: Path) -> None:
     refused(backbone_of("swin", out_indices=(0, 1)), "whole encoder", "(0, 1)")
     refused(backbone_of("swinv2", image_size=128, window_size=(8, 4, 4, 2)), "stage 1", "name an image_size")
     refused(backbone_of("swinv2", window_size=(4, 4, 4, 2)), "image_size is needed")
+    always = backbone_of("swinv2", image_size=128, window_size=(8, 8, 8, 4), shift_covered=True)
+    refused(always, "stage 2", "name an image_size that reduces and shifts")
     refused(backbone_of("swinv2", pretrained_window_size=1), "windows of one token")
     refused(backbone_of("vit", norm="last"), "(64, 64)", "(96, 96)", image_size=96)
     refused(nn.Linear(2, 2), "Linear")
@@ -214,6 +220,8 @@ def test_what_timm_cannot_hold(tmp_path: Path) -> None:
     refuses(
         lambda: export_timm(wide, path, 64), "timm's model differs", "8 on 4x4 tokens in stage 2", "image_size whose"
     )
+    covered = backbone_of("swin", window_size=(4, 4, 4, 2), shift_covered=True)
+    refuses(lambda: export_timm(covered, path, 64), "timm's model differs", "4 on 4x4 tokens in stage 2")
     # timm shifts windows differently on maps that they do not divide.
     refuses(
         lambda: export_timm(randomised(tiny("swin", window_size=5)), path), "differs from the model by", "5 on 16x16"

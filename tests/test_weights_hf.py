@@ -240,6 +240,21 @@ def test_swin_v2_backbone(tmp_path: Path, where: str) -> None:
             close(ours, wanted)
 
 
+@pytest.mark.parametrize("hw", [(128, 128), (100, 64), (131, 173), (30, 21)])
+@pytest.mark.parametrize("encoder", ["swin", "swinv2"])
+def test_windows_shifted_on_every_map(encoder: str, hw: tuple[int, int]) -> None:
+    """As SwinBackbone does, and Swinv2Backbone of larger images: windows of 4, maps of 4 and less."""
+    kind = SwinBackbone if encoder == "swin" else Swinv2Backbone
+    names = ["stage1", "stage2", "stage3", "stage4"]
+    theirs = randomise(kind(their_config(shape(encoder, image_size=512, window_size=4), out_features=names)))
+    backbone = backbone_of(encoder, norm="all" if encoder == "swin" else "none", window_size=4, shift_covered=True)
+    load_weights(backbone, theirs.state_dict())
+    image = torch.randn(2, 3, *hw, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for ours, wanted in zip(backbone(image), theirs(image).feature_maps, strict=True):
+            close(ours, wanted)
+
+
 def test_backbone_of_a_segmentation_model() -> None:
     """UperNet keeps it beside its heads, under a prefix."""
     swin = their_config(shape("swin"), out_features=["stage1", "stage2", "stage3", "stage4"])

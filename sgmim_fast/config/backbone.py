@@ -36,6 +36,9 @@ class BackboneConfig:
     """Tokens a window side (Swin), the same for all stages or one entry a stage. ViT ignores it."""
     use_shift: bool | tuple[bool, ...] = True
     """Whether every second block of a stage is shifted (Swin), for all stages or one entry a stage."""
+    shift_covered: bool = False
+    """Whether windows are shifted also on a map no larger than one on a side (Swin), as Swin's detection and
+    segmentation code and transformers' SwinBackbone do; pre-training, classifiers and timm do not."""
     pretrained_window_size: int | tuple[int, ...] | None = None
     """Windows of pre-training, which Swin V2 measures its offsets by, for all stages or one entry a stage; None for
     those of ``window_size``."""
@@ -72,7 +75,8 @@ class BackboneConfig:
         self._check_image_size()
         self._set_windows()
         self._set_outputs()
-        require(isinstance(self.pyramid, bool), f"pyramid {self.pyramid!r} must be true or false")
+        for name in ("pyramid", "shift_covered"):
+            require(isinstance(getattr(self, name), bool), f"{name} {getattr(self, name)!r} must be true or false")
         for name in ("drop_path_rate", "norm_eps", "layer_scale_init"):
             value = getattr(self, name)
             left_out = value is None and name == "layer_scale_init"

@@ -57,9 +57,8 @@ def export_huggingface(
     classes, notes = _classes(model, source.shape, source.encoder.norm is not None)
     if source.shape.encoder == "swinv2":
         side = config["image_size"]
-        notes += (
-            f"Swinv2 decides for images of {side} where windows are shifted; here each map decides, of any image",
-        )
+        here = "windows are, on any map" if source.shape.shift_covered else "each map decides, of any image"
+        notes += (f"Swinv2 decides for images of {side} where windows are shifted; here {here}",)
     if "SwinBackbone" in classes:
         # It norms the last map by another norm than its model's; here they are one.
         for part in ("weight", "bias"):
@@ -100,8 +99,13 @@ def _classes(model: nn.Module, shape: BackboneConfig, normed: bool) -> tuple[tup
         classes.append(f"{name}Model")
     else:
         notes.append(f"{name}Model ends with a norm that this backbone lacks")
-    if "SwinBackbone" in classes:
-        notes.append("SwinBackbone shifts windows also on maps no larger than a window on one side; here they are not")
+    if "SwinBackbone" in classes and not shape.shift_covered:
+        notes.append(
+            "SwinBackbone shifts windows also on maps no larger than a window on one side; here they are not, without "
+            "shift_covered=True"
+        )
+    if "SwinModel" in classes and shape.shift_covered:
+        notes.append("SwinModel shifts no windows on maps no larger than a window on one side; here they are")
     return tuple(classes), tuple(notes)
 
 
@@ -167,10 +171,11 @@ def _check_windows(shape: BackboneConfig, size: tuple[int, int]) -> None:
         window, _, _ = shape.window_of(stage)
         rows, columns = (side // shape.patch_size // 2**stage for side in size)
         largest = max(shape.window_of(other)[0] for other in range(shape.levels))
-        if min(rows, largest) != window or (rows > window) != (min(rows, columns) > window):
+        shifted = shape.shift_covered or min(rows, columns) > window
+        if min(rows, largest) != window or (rows > window) != shifted:
             raise UserError(
                 f"transformers' Swinv2 for images of {size} has windows of {min(rows, largest)} in stage {stage}, and "
-                f"here they are {window}; name an image_size that reduces them so"
+                f"here they are {window}; name an image_size that reduces and shifts them so"
             )
 
 

@@ -124,12 +124,13 @@ def _why_timm_differs(shape: BackboneConfig, sides: tuple[int, int]) -> str:
     for stage in range(shape.levels):
         rows, columns = (-(-side // (shape.patch_size * 2**stage)) for side in sides)
         window = shape.window_of(stage)[0]
-        if rows % window or columns % window or (rows > window) != (columns > window):
+        covered = [side <= window for side in (rows, columns)]
+        if rows % window or columns % window or (any(covered) and (shape.shift_covered or not all(covered))):
             stages.append(f"{window} on {rows}x{columns} tokens in stage {stage}")
     if not stages:
         return ""
     return (
-        f"timm pads, shifts and reduces windows otherwise where they do not divide a map or cover one side alone: here "
+        f"timm pads, shifts and reduces windows otherwise where they do not divide a map or cover a side of it: here "
         f"{', '.join(stages)}; choose an image_size whose maps they divide"
     )
 

@@ -5,6 +5,7 @@ pyramid of a plain ViT, ViTDet (2203.16527) for its norm.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ class MapNorm(nn.LayerNorm):
 class Pyramid(nn.ModuleList):
     """Four maps of one resolution to a quarter, a half, once and twice their stride: (B, C, h, w) each.
 
-    The sides become 4 h, 2 h, h and h / 2, the last rounded up.
+    Args:
+        width: channels of the maps.
+        norm_eps: epsilon of the norm between two transposed convolutions.
+        strides: pixels that a place covers a side, of what each map becomes.
     """
 
-    def __init__(self, width: int, norm_eps: float) -> None:
+    def __init__(self, width: int, norm_eps: float, strides: tuple[int, ...]) -> None:
         first = nn.ConvTranspose2d(width, width, 2, stride=2)
         second = nn.ConvTranspose2d(width, width, 2, stride=2)
         super().__init__(
@@ -43,9 +47,18 @@ class Pyramid(nn.ModuleList):
                 nn.MaxPool2d(2, ceil_mode=True),
             ]
         )
+        self.strides = strides
 
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        return [level(x) for level, x in zip(self, maps, strict=True)]
+    def forward(self, maps: list[Tensor], size: Sequence[int]) -> list[Tensor]:
+        """Maps of an image of ``size`` (H, W), ceil(H / stride) x ceil(W / stride).
+
+        Where patches do not divide the image, finer maps end with it and not with the zeros that complete its patches.
+        """
+        found = []
+        for level, x, stride in zip(self, maps, self.strides, strict=True):
+            rows, columns = (-(-side // stride) for side in size)
+            found.append(level(x)[:, :, :rows, :columns])
+        return found
 
 
 class Backbone(Choices, PyTorchModelHubMixin, library_name="sgmim_fast", tags=["image-feature-extraction"]):
@@ -68,7 +81,7 @@ class Backbone(Choices, PyTorchModelHubMixin, library_name="sgmim_fast", tags=["
         if config.norm == "all":
             new = len(config.out_indices) - config.has_own_norm
         self.out_norms = nn.ModuleList(MapNorm(width, eps=config.norm_eps) for width in config.channels[:new])
-        self.pyramid = Pyramid(config.num_features, config.norm_eps) if config.has_pyramid else None
+        self.pyramid = Pyramid(config.num_features, config.norm_eps, config.strides) if config.has_pyramid else None
         self.set_backend(backend)
         self.set_attention(attention)
 
@@ -97,7 +110,7 @@ class Backbone(Choices, PyTorchModelHubMixin, library_name="sgmim_fast", tags=["
         maps = [x.permute(0, 3, 1, 2) for x in self.encoder.maps_of(image)]
         for number, norm in enumerate(self.out_norms):
             maps[number] = norm(maps[number])
-        return maps if self.pyramid is None else self.pyramid(maps)
+        return maps if self.pyramid is None else self.pyramid(maps, image.shape[2:])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "Backbone":

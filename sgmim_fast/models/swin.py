@@ -30,9 +30,11 @@ MAX_LOGIT_SCALE = math.log(100.0)
 class _WindowAttention(Dispatched):
     """What both versions share: padding to whole windows, the attention itself, the output projection.
 
-    A map whose shorter side one window covers is not shifted, whatever ``shift`` says; one that is smaller than a
-    window is completed to one, like any other.
+    A map whose shorter side one window covers is not shifted, whatever ``shift`` says, unless ``shift_covered``; one
+    that is smaller than a window is completed to one, like any other.
     """
+
+    shift_covered = False
 
     def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class _WindowAttention(Dispatched):
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, channels = x.shape
-        shift = self.shift if min(height, width) > self.window else 0
+        shift = self.shift if self.shift_covered or min(height, width) > self.window else 0
         # As in Swin's detection and segmentation code: zero tokens complete the last windows.
         down, right = -height % self.window, -width % self.window
         if down or right:
@@ -124,6 +126,7 @@ class SwinBlock(nn.Module):
             if self.post_norm
             else WindowAttention(width, heads, window, shift)
         )
+        self.attn.shift_covered = config.shift_covered
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width)
         self.drop_path = DropPath(drop_path)
