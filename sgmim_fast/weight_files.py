@@ -105,6 +105,8 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name the file of weights in it")
     if path.suffix not in (".safetensors", *_PICKLED):
+        if not path.exists():
+            raise UserError(f"{path}: does not exist; name the folder of a run, or a file of weights")
         raise UserError(f"{path}: weights are read from .safetensors, {', '.join(_PICKLED)} files")
     try:
         size = path.stat().st_size

@@ -335,6 +335,15 @@ def test_bad_depth_is_one_clear_line(sets: Path, tmp_path: Path, kind: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_a_largest_depth_that_leaves_nothing_is_refused(sets: Path) -> None:
+    message = (
+        r"kitti \(train\): 0\.0% of the depths .* nearer than depth.max_depth 2 m, and half of them farther than 3\d"
+    )
+    with pytest.raises(UserError, match=message):
+        depth(sets / "kitti", "train", "kitti", 2)
+    assert len(depth(sets / "kitti", "train", "kitti", 10)) == 6  # near depths alone are a task, too
+
+
 BAD_LABELS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "colours": (
         "labels",

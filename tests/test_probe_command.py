@@ -237,6 +237,11 @@ def probe(*words: object) -> None:
     main(["probe", *map(str, words)])
 
 
+def test_as_many_images_as_there_are(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    probe("row-colour", "--data", scenes, "--dataset", "scenes", "--tasks", "depth")
+    assert "depth: 18 images fitted on" in capsys.readouterr().out
+
+
 def test_command_probes_a_run(scenes: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--data", scenes, "--dataset", "scenes", *QUICK)
     probe(run, *common, "--output", tmp_path / "run.json")

@@ -149,6 +149,12 @@ def test_settings_of_a_resumed_run() -> None:
         resume(replace(CONFIG, train=TrainConfig(zero_stage=2), allow_changes=("train.zero_stage",)))
 
 
+def test_another_kind_of_run_is_named() -> None:
+    was = {name: value for name, value in settings_of(CONFIG).items() if name != "model"} | {"depth": {"head": "glp"}}
+    with pytest.raises(UserError, match=r"another kind of run \(it has settings depth, this run has model\); choose"):
+        check(was, CONFIG, loader())
+
+
 def test_each_optimizer_keeps_its_state_in_its_own_way() -> None:
     other = replace(CONFIG, optimizer=OptimizerConfig(implementation="deepspeed"))
     with pytest.raises(UserError, match=r"optimizer.implementation = adamw, this run has deepspeed; resume with the"):

@@ -18,6 +18,7 @@ DESCRIPTION = (
     "Judge a pre-trained encoder by its frozen features: linear depth, linear segmentation, nearest neighbours."
 )
 ROW_COLOUR = "row-colour"
+_USUAL_IMAGES = {"train": 200, "val": 100}
 _TEACHING = f"""{DESCRIPTION}
 
 Nothing of the encoder is trained. Its maps are brought to one grid of tokens; each probe says from one token's features
@@ -70,9 +71,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("depth", "segmentation", "knn-depth", "knn-segmentation"),
         help="probes (default: all that the data set has targets for; of a folder name them)",
     )
-    parser.add_argument("--train-images", type=int, default=200, help="labelled images to fit on, drawn by the seed")
     parser.add_argument(
-        "--val-images", type=int, default=100, help="images to score on, evenly from all over the split"
+        "--train-images",
+        type=int,
+        help="labelled images to fit on, drawn by the seed "
+        f"(default: {_USUAL_IMAGES['train']}, or all if there are fewer)",
+    )
+    parser.add_argument(
+        "--val-images",
+        type=int,
+        help="images to score on, evenly from all over the split "
+        f"(default: {_USUAL_IMAGES['val']}, or all if there are fewer)",
     )
     parser.add_argument("--seed", type=int, default=0, help=f'draws images, tokens, and the weights of "{RANDOM}"')
     parser.add_argument("--output", type=Path, metavar="FILE", help="write figures and their origin as JSON, too")
@@ -120,12 +129,6 @@ def run(arguments: argparse.Namespace) -> None:
     from sgmim_fast.probing.settings import ProbeSettings
     from sgmim_fast.train.environment import describe_environment
 
-    settings = ProbeSettings(
-        train_images=arguments.train_images,
-        val_images=arguments.val_images,
-        seed=arguments.seed,
-        tokens=arguments.tokens,
-    )
     tasks = _tasks(arguments)
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise UserError(f"--output {arguments.output}: {arguments.output.parent} is not a folder; create it first")
@@ -137,6 +140,13 @@ def run(arguments: argparse.Namespace) -> None:
         "classes": arguments.classes,
     }
     splits = [open_splits(kind, arguments.dataset, arguments.data, **options) for kind in tasks]
+    usual = {part: min(n, *(len(getattr(found, part)) for found in splits)) for part, n in _USUAL_IMAGES.items()}
+    settings = ProbeSettings(
+        train_images=usual["train"] if arguments.train_images is None else arguments.train_images,
+        val_images=usual["val"] if arguments.val_images is None else arguments.val_images,
+        seed=arguments.seed,
+        tokens=arguments.tokens,
+    )
     features, origin, device = _open_features(arguments)
     print(f"{origin}: {features.extractor.describe()}", flush=True)
     for found in splits:

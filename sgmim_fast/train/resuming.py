@@ -86,6 +86,12 @@ def check_same_run(
         UserError: for the first difference that is not allowed.
     """
     before, now = _flat(was), _flat(json.loads(json.dumps(asdict(config))))  # tuples become lists, as in the file
+    old, new = ({name.partition(".")[0] for name in settings} for settings in (before, now))
+    if old - new and new - old:
+        raise UserError(
+            f"checkpoint {folder} is of another kind of run (it has settings {' '.join(sorted(old - new))}, "
+            f"this run has {' '.join(sorted(new - old))}); choose another --output"
+        )
     for name in config.allow_changes:
         if name not in now:
             raise UserError(f"--allow-changes {name} is no setting; name them as in schedule.epochs optimizer.lr")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from sgmim_fast.config import DepthDataConfig, SegmentationDataConfig
 from sgmim_fast.data.dense.depth_maps import DepthReader, Reach
 from sgmim_fast.data.dense.folders import (
@@ -21,6 +23,9 @@ from sgmim_fast.data.dense.split_lists import Places, find_listed
 from sgmim_fast.data.manifest import pair_folders
 from sgmim_fast.data.pair_list import PairList
 from sgmim_fast.errors import UserError
+
+_LEAST_SHARE = 0.01
+"""Of the depths of a split, those that must be within the range of the task."""
 
 
 class _Benchmark(NamedTuple):
@@ -107,8 +112,21 @@ def open_depth(config: DepthDataConfig, split: Split, *, max_depth: float) -> De
         summary=f"{config.dataset} ({split}): {len(found.pairs)} images of {root}, {found.chosen}",
         max_depth=max_depth,
     )
-    reader.check_unit(f"{root} ({split})", [decoded.target for decoded in samples.look()])
+    where, maps = f"{root} ({split})", [decoded.target for decoded in samples.look()]
+    reader.check_unit(where, maps)
+    _check_range(where, maps, max_depth)
     return samples
+
+
+def _check_range(where: str, maps: list[np.ndarray], max_depth: float) -> None:
+    """Refuse a largest depth that leaves next to nothing of the maps, which have some depth, to learn or to score."""
+    known = np.concatenate([metres[metres > 0] for metres in maps])
+    share = float((known < max_depth).mean())
+    if share < _LEAST_SHARE:
+        raise UserError(
+            f"{where}: {share:.1%} of the depths that were looked at are nearer than depth.max_depth {max_depth:g} m, "
+            f"and half of them farther than {np.median(known):.4g} m; raise --depth.max-depth, or convert the maps"
+        )
 
 
 def _open_benchmark(config: DepthDataConfig, split: Split) -> tuple[Path, SplitPairs, DepthReader]:
