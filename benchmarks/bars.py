@@ -75,7 +75,8 @@ def kernel_bars(rows: list[Row]) -> list[Bar]:
 
 
 def step_bars(rows: list[Row]) -> list[Bar]:
-    """Of whole steps, the optimizer included; the fastest arm of each side counts."""
+    """Of whole steps, the optimizer included; the fastest arm of each side counts, those in FP8 aside."""
+    rows = [row for row in rows if row.get("float8", "off") == "off"]
     found = []
     for model in (MAIN_MODEL, *MODELS):
         mine = sorted((row for row in rows if row["model"] == model), key=lambda row: row["step_p50_seconds"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from benchmarks import bars
 from benchmarks.recorded import SKIPPED_KEYS, WORDS, Results, arm_of, commands, model_name
 from benchmarks.rows import Row, newest
-from benchmarks.slices import PEER_MODEL
+from benchmarks.slices import FLOAT8_ARMS, PEER_MODEL
 
 NOT_MEASURED = "not measured"
 GPU_ARMS = (
@@ -99,7 +99,7 @@ def main_steps(results: Results) -> list[str]:
 def gpu_steps(results: Results) -> list[str]:
     """Of every model on every GPU."""
     wanted = [(model, arm) for model in (bars.MAIN_MODEL, *bars.MODELS) for arm in GPU_ARMS]
-    wanted += [(PEER_MODEL, arm) for arm in PEER_ARMS]
+    wanted += [(bars.MAIN_MODEL, arm) for arm in FLOAT8_ARMS] + [(PEER_MODEL, arm) for arm in PEER_ARMS]
     lines = []
     for gpu in results.gpus("train_step"):
         lines += [f"### {gpu}", "", *_gpu_steps(results, gpu, wanted), ""]

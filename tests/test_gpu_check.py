@@ -111,6 +111,7 @@ def test_bars_of_the_training_step() -> None:
             step_row("triton", 0.01, batch=32),
             step_row("triton", 0.01, precision="fp32"),
             step_row("triton", 0.01, optimizer="none"),
+            step_row("triton", 0.01, compiled=True, float8="tensorwise"),
             step_row("triton", 0.01, environment={"cpu": "EPYC"}),
             step_row("triton", 0.35),
             step_row("triton", 0.3, compiled=True, step_memory_bytes=500_000_000),
