@@ -133,7 +133,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "is a pretrain run" in refusal(capsys, ["evaluate", make_run(tmp_path / "pretrained")])
     assert "did you mean --evaluation.windows" in refusal(capsys, ["evaluate", run, "--evaluation.window", "2"])
     for setting in ("--backbone.window-size", "--depth.head-channels", "--train.batch-size"):
-        assert f"option {setting} belongs to training" in refusal(capsys, ["evaluate", run, setting, "2"])
+        assert f"option {setting} changes nothing of a trained" in refusal(capsys, ["evaluate", run, setting, "2"])
+    for setting in ("--data", "--depth.max-depth"):
+        told = refusal(capsys, ["predict", run, image, setting, "5"])
+        assert "changes nothing of a trained model here; what can be changed is --evaluation.*, --data.resize" in told
     early = refusal(capsys, ["evaluate", "--evaluation.windows", "2", run])
     assert "--evaluation.windows comes too early; settings of the run stand after RUN" in early
     assert "comes too early" in refusal(capsys, ["predict", run, "--evaluation.windows", "2", image])

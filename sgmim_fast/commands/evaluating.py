@@ -15,6 +15,7 @@ Depth: d1 d2 d3, AbsRel, SqRel, RMSE, RMSE of logarithms, log10 and SILog, each 
 mIoU, mAcc and aAcc of all pixels, and the IoU of each class. Data and protocol are those of the run unless --data.*,
 --evaluation.*, --depth.min-depth or --depth.max-depth, as `sgmim finetune depth --help` explains them, stand last.
 """
+_CHANGEABLE = ("--data.", "--evaluation.", "--depth.min-depth", "--depth.max-depth")
 _EXAMPLES = """examples:
   sgmim evaluate runs/nyu --output figures.json
   sgmim evaluate runs/nyu --limit 50 --evaluation.no-flip --evaluation.windows 1      quick, and a little worse
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
         raise UserError(f"--limit {arguments.limit} must be 1 or more")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise UserError(f"--output {arguments.output}: {arguments.output.parent} is not a folder; create it first")
-    opened = finetuned_runs.open_run(arguments, settings)
+    opened = finetuned_runs.open_run(arguments, settings, _CHANGEABLE)
     samples = opened.job.open_split(arguments.split)
     count = len(samples)
     wanted = min(count, arguments.limit or count)

@@ -25,10 +25,6 @@ class FinetunedRun(NamedTuple):
     device: "torch.device"
 
 
-_CHANGEABLE = ("--data.", "--evaluation.", "--depth.min-depth", "--depth.max-depth")
-"""What may differ from the run's own settings; the rest is what the weights were trained as."""
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What both commands are told about the run."""
     parser.set_defaults(takes_settings=True)
@@ -41,11 +37,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> FinetunedRun:
+def open_run(arguments: argparse.Namespace, settings: Sequence[str], changeable: Sequence[str]) -> FinetunedRun:
     """The run that ``add_options`` was told.
 
     Args:
         settings: options of fine-tuning that take the place of the run's own, such as ``--evaluation.windows 1``.
+        changeable: the options that matter to the command; a group of them ends with a dot.
 
     Raises:
         UserError: if it is none, or has no checkpoint.
@@ -73,7 +70,7 @@ def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> Finetune
         job = DepthJob(changed_config(load_config(run / "config.json", DEPTH), settings, DEPTH))
     else:
         job = SegmentationJob(changed_config(load_config(run / "config.json", SEGMENTATION), settings, SEGMENTATION))
-    _refuse_fixed(settings)
+    _refuse_others(settings, changeable)
     device = open_device(arguments.device)
     task, notes = load_finetuned(weights)
     task.to(device)
@@ -81,14 +78,14 @@ def open_run(arguments: argparse.Namespace, settings: Sequence[str]) -> Finetune
     return FinetunedRun(task, job, notes, weights, device)
 
 
-def _refuse_fixed(settings: Sequence[str]) -> None:
+def _refuse_others(settings: Sequence[str], changeable: Sequence[str]) -> None:
+    """What the weights were trained as cannot be changed, and what a command does not use would change nothing."""
     for word in settings:
         name = word.split("=")[0].replace("_", "-")
-        if name.startswith("--") and name != "--data" and not name.startswith(_CHANGEABLE):
-            raise UserError(
-                f"option {name} belongs to training, and the model is trained; what can be changed is --data.*, "
-                "--evaluation.*, --depth.min-depth and --depth.max-depth"
-            )
+        name = "--data.path" if name == "--data" else name
+        if name.startswith("--") and not name.startswith(tuple(changeable)):
+            can = ", ".join(f"{option}*" if option.endswith(".") else option for option in changeable)
+            raise UserError(f"option {name} changes nothing of a trained model here; what can be changed is {can}")
 
 
 def open_device(name: str | None) -> "torch.device":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sgmim_fast.data.dense.evaluation import Picture
 
 DESCRIPTION = "Predict depth or classes of images: OUT/NAME.png to look at, OUT/NAME.npy (metres) or NAME_labels.png."
+_CHANGEABLE = ("--evaluation.", "--data.resize")
 _EXAMPLES = """examples:
   sgmim predict runs/depth photos --out predicted
   sgmim predict runs/depth a.jpg b.png --evaluation.no-flip       settings of the run stand last
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     from sgmim_fast.data.dense.evaluation import read_picture
 
     files = list_images(arguments.images)
-    opened = finetuned_runs.open_run(arguments, settings)
+    opened = finetuned_runs.open_run(arguments, settings, _CHANGEABLE)
     depth = opened.job.kind == "depth"
     numbers = "{}.npy" if depth else "{}_labels.png"
     out: Path = arguments.out
