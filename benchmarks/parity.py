@@ -8,17 +8,20 @@
 A small model (that of the recipe ``demo``) learns from rendered scenes, or from --data. All arms get the same batches
 of the first seed, step by step, and begin with the same weights; ``reference`` runs once more with each other seed,
 which draws other weights, another order, other crops and masks. Rounding makes the curves of two implementations part
-in the end; they may not end further apart than the curves of two seeds do, by the mean loss of the last steps.
+in the end; they may not end further apart than the curves of two seeds do, by the mean loss of the last steps. How far
+rounding alone takes a training is told by ``reference`` on the first seed's batches from weights of which about half
+are moved to the next float32 number (--nudged).
 
 One row of ``benchmarks/results/parity.jsonl`` is one comparison ("benchmark": "parity"):
 
     model, override, backends, batch, precision, device, peak_rate, seeds, data, pairs
     steps, planned_steps   done, and those that the learning rate was planned for
     points               steps behind which there is a point of the curves
-    curves               [{"arm", "seed", "loss", "image_loss", "structure_loss"}, ...]: means since the point before
+    curves               [{"arm", "seed", "nudged", "loss", "image_loss", "structure_loss"}, ...]: means since the
+                         point before
     last, final          how many steps, and the mean losses of each curve over them, in the order of the curves
-    spread               of each loss: between two seeds of reference, in ``final``; of more, over all pairs the root
-                         of the mean square
+    spread               of each loss: between the two seeds of reference that lie furthest apart, in ``final``
+    rounding             of each loss: between reference and the nudged one that lies furthest from it; null without one
     differences          {arm: {loss: between the arm and reference, in ``final``}}
     first_deviation, largest_deviation     {arm: of a step's loss from reference's, relative: first step, worst step}
     within_spread        {arm: whether its difference of the whole loss is no larger than the spread}
@@ -32,7 +35,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=16, help="pairs a step (default: 16)")
     parser.add_argument("--rate", type=float, default=0.016, help="peak learning rate for 512 pairs (default: 0.016)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="two or more (default: 0 1)")
+    parser.add_argument("--nudged", type=int, default=1, metavar="RUNS", help="from nudged weights (default: 1)")
     precision = "bf16" if on_gpu else "fp32"
     parser.add_argument("--precision", choices=PRECISIONS[:2], default=precision, help=f"(default: {precision})")
     parser.add_argument("--data", type=Path, metavar="SET", help="folder, list or shards; default: scenes")
@@ -117,9 +120,11 @@ def compare(options: argparse.Namespace) -> int:
     row = head_of(options, len(pairs)) | judged(histories, steps, options)
     rows.append(row)
     for arm, within in row["within_spread"].items():
+        rounding = "" if row["rounding"] is None else f"its own rounding {row['rounding']['loss']:.2e}, "
         print(
             f"{row['model']} {row['precision']}, {row['steps']} steps: {arm} ends "
-            f"{row['differences'][arm]['loss']:.2e} from {PLAIN}, two seeds {row['spread']['loss']:.2e} from each "
+            f"{row['differences'][arm]['loss']:.2e} from {PLAIN}, {rounding}"
+            f"seeds {row['spread']['loss']:.2e} from each "
             f"other: {'within' if within else 'BEYOND'} the spread; a step's loss off by "
             f"{row['largest_deviation'][arm]:.1e} at most"
         )
@@ -129,6 +134,8 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
+    if options.nudged < 0:
+        raise UserError(f"--nudged {options.nudged} must be 0 or more")
     for name in ("steps", "last", "batch", "pairs"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} must be 1 or more")
@@ -191,7 +198,7 @@ class History:
     """The losses of every step of one arm, kept on its device until the end."""
 
     def __init__(self, arm: str, seed: int, step: Step, steps: int) -> None:
-        self.arm, self.seed, self.step = arm, seed, step
+        self.arm, self.seed, self.step, self.nudged = arm, seed, step, False
         self.losses = torch.full((steps, len(LOSSES)), torch.nan, dtype=torch.float64, device=step.device)
 
     def take(self, number: int, batch: dict[str, torch.Tensor], rate: float) -> None:
@@ -205,7 +212,7 @@ class History:
 def train(
     options: argparse.Namespace, model: ModelConfig, path: Path, pairs: Pairs, device: torch.device, deadline: Deadline
 ) -> tuple[list[History], int]:
-    """Histories of reference, the other arms, reference with the other seeds; and how many steps they have."""
+    """Histories of reference, other arms, reference nudged and with other seeds; and how many steps they have."""
     first, *more = options.seeds
     done = 0
 
@@ -214,6 +221,10 @@ def train(
         return History(name, seed, step, options.steps)
 
     same = [history(name, first) for name in (PLAIN, *options.backends)]
+    for number in range(options.nudged):
+        same.append(history(PLAIN, first))
+        same[-1].nudged = True
+        nudge(same[-1].step, number)
     turns = [same, *([history(PLAIN, seed)] for seed in more)]
     optimizer = OptimizerConfig(lr=options.rate)
     schedule = ScheduleConfig(epochs=1, warmup_epochs=WARM_UP, warmup_lr=0.0, min_lr=options.rate / 100)
@@ -227,6 +238,16 @@ def train(
                     arm.take(done, batch, rate)
             done += 1
     return [arm for arms in turns for arm in arms], done
+
+
+def nudge(step: Step, number: int) -> None:
+    """Move about half of the weights, and of those in float32 that bf16 ones are rounded from, up by a last bit."""
+    rng = torch.Generator().manual_seed(number)
+    update = step.update
+    with torch.no_grad():
+        for weight in (*update.masters, *(weight for weight in update.weights if weight.dtype == torch.float32)):
+            moved = torch.rand(weight.shape, generator=rng).to(weight.device) < 0.5
+            weight.copy_(torch.where(moved, torch.nextafter(weight, weight.new_tensor(math.inf)), weight))
 
 
 def loader(
@@ -255,17 +276,14 @@ def judged(histories: list[History], steps: int, options: argparse.Namespace) ->
         short = values[: points[-1]].unflatten(0, (len(points), width)).mean(1)
         end = values[-options.last :].mean(0)
         curve = {LOSSES[place]: [rounded(x) for x in short[:, place].tolist()] for place in kept}
-        curves.append({"arm": history.arm, "seed": history.seed, **curve})
+        curves.append({"arm": history.arm, "seed": history.seed, "nudged": history.nudged, **curve})
         final.append({LOSSES[place]: end[place].item() for place in kept})
-    arms = options.backends
-    others, (plain, *more) = final[1 : len(arms) + 1], [final[0], *final[len(arms) + 1 :]]
-    differences = {
-        arm: {name: abs(value - plain[name]) for name, value in end.items()}
-        for arm, end in zip(arms, others, strict=True)
-    }
-    spread = {name: spread_of([end[name] for end in (plain, *more)]) for name in plain}
-    whole = losses[0][:, 0]
-    off = {arm: (x[:, 0] - whole).abs() / whole.abs() for arm, x in zip(arms, losses[1 : len(arms) + 1], strict=True)}
+    plain, whole = final[0], losses[0][:, 0]
+    fast = [number for number, history in enumerate(histories) if history.arm != PLAIN]
+    nudged = [end for history, end in zip(histories, final, strict=True) if history.nudged]
+    differences = {histories[number].arm: distances(plain, [final[number]]) for number in fast}
+    spread = spread_of(curves, final)
+    off = {histories[number].arm: (losses[number][:, 0] - whole).abs() / whole.abs() for number in fast}
     return {
         "steps": steps,
         "points": points,
@@ -273,18 +291,28 @@ def judged(histories: list[History], steps: int, options: argparse.Namespace) ->
         "last": options.last,
         "final": final,
         "spread": spread,
+        "rounding": distances(plain, nudged) if nudged else None,
         "differences": differences,
         "first_deviation": {arm: x[0].item() for arm, x in off.items()},
         "largest_deviation": {arm: x.max().item() for arm, x in off.items()},
         # A loss that is not a number is within nothing.
-        "within_spread": {arm: differences[arm]["loss"] <= spread["loss"] for arm in arms},
+        "within_spread": {arm: end["loss"] <= spread["loss"] for arm, end in differences.items()},
     }
 
 
-def spread_of(values: list[float]) -> float:
-    """Distance between two of them; of more, the root of the mean square over all pairs."""
-    squares = [(a - b) ** 2 for a, b in combinations(values, 2)]
-    return math.sqrt(sum(squares) / len(squares))
+def spread_of(curves: list[Row], final: list[dict[str, float]]) -> dict[str, float]:
+    """Of each loss the largest distance between two seeds of the plain path."""
+    seeds = [
+        end
+        for curve, end in zip(curves, final, strict=True)
+        if curve["arm"] == PLAIN and not curve.get("nudged", False)
+    ]
+    return {name: max(end[name] for end in seeds) - min(end[name] for end in seeds) for name in seeds[0]}
+
+
+def distances(plain: dict[str, float], others: list[dict[str, float]]) -> dict[str, float]:
+    """Of each loss the largest distance from the plain path's."""
+    return {name: max(abs(end[name] - value) for end in others) for name, value in plain.items()}
 
 
 def every(options: argparse.Namespace) -> int:

@@ -93,7 +93,10 @@ def _curves(results: Results, every: list[Row]) -> str | None:
     if not rows:
         return None
     row = rows[-1]
-    lines = {f"{curve['arm']}, seed {curve['seed']}": curve["loss"] for curve in row["curves"]}
+    lines = {}
+    for curve in row["curves"]:
+        nudged = ", nudged" if curve.get("nudged", False) else ""
+        lines[f"{curve['arm']}, seed {curve['seed']}{nudged}"] = curve["loss"]
     place = row["environment"].get("gpu", "a CPU")
     title = f"Loss of {row['steps']} steps in {row['precision']} on {place}"
     return svg.curves(title, "steps", "loss", row["points"], lines)

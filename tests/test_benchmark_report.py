@@ -273,13 +273,16 @@ def test_whole_runs(tmp_path: Path) -> None:
             "steps": 1000,
             "planned_steps": 1000,
             "seeds": [0, 1],
-            "spread": {"loss": 2e-3},
+            "rounding": {"loss": 7e-4},
+            "final": [{"loss": 1.0}, {"loss": 1.001}, {"loss": 1.0007}, {"loss": 1.002}],
         }
         | {"differences": {"triton": {"loss": 1e-3}}, "within_spread": {"triton": True}, "points": [500, 1000]}
         | {
             "curves": [
                 {"arm": "reference", "seed": 0, "loss": [1.0, 0.5]},
                 {"arm": "triton", "seed": 0, "loss": [1.0, 0.6]},
+                {"arm": "reference", "seed": 0, "nudged": True, "loss": [1.0, 0.55]},
+                {"arm": "reference", "seed": 1, "loss": [1.1, 0.7]},
             ]
         },
     )
@@ -288,7 +291,7 @@ def test_whole_runs(tmp_path: Path) -> None:
     assert "| Swin-B, 192 px | `apex` | not installed |  |  |" in more_tables.optimizers(found)
     assert "| Swin-B, 192 px | `adamw` | 1.000 ms | 75% | 1.0e-07 |" in more_tables.optimizers(found)
     assert "| 1,234 | 1,300 | 5,000 | 3.4% |" in "\n".join(more_tables.pipeline(found))
-    assert "| NVIDIA H200 | `triton` | 1.00e-03 | 2.00e-03 | yes |" in "\n".join(more_tables.parity(found))
+    assert "| NVIDIA H200 | `triton` | 1.00e-03 | 7.00e-04 | 2.00e-03 | yes |" in "\n".join(more_tables.parity(found))
     assert plots.parity(found) is not None
 
 

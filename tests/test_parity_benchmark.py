@@ -31,20 +31,23 @@ def test_fast_paths_learn_as_the_plain_one_does(tmp_path: Path, monkeypatch: pyt
     status, row = run(monkeypatch, tmp_path / "rows.jsonl", *words)
     assert status == 0
     assert (row["steps"], row["points"]) == (2, [1, 2])
-    plain, torch_, triton, other = row["curves"]
-    assert [(curve["arm"], curve["seed"]) for curve in row["curves"]] == [
-        ("reference", 0), ("torch", 0), ("triton", 0), ("reference", 1)
+    plain, torch_, triton, nudged, other = row["curves"]
+    assert [(curve["arm"], curve["seed"], curve["nudged"]) for curve in row["curves"]] == [
+        ("reference", 0, False), ("torch", 0, False), ("triton", 0, False), ("reference", 0, True),
+        ("reference", 1, False),
     ]  # fmt: skip
     for name in parity.LOSSES:
         assert plain[name][0] != plain[name][1]
         assert torch_[name] == pytest.approx(plain[name], rel=1e-4)
         assert triton[name] == pytest.approx(plain[name], rel=1e-4)
+        assert nudged[name] == pytest.approx(plain[name], rel=1e-4)
         assert other[name] != pytest.approx(plain[name], rel=1e-3)
         mean = sum(plain[name]) / 2
         assert row["final"][0][name] == pytest.approx(mean, rel=1e-5)
     assert row["first_deviation"]["torch"] < 1e-5
     assert row["within_spread"] == {"torch": True, "triton": True}
     assert row["spread"]["loss"] > 10 * row["differences"]["triton"]["loss"]
+    assert 0 < row["rounding"]["loss"] < row["spread"]["loss"] / 10
 
 
 def test_an_arm_that_learns_something_else_is_beyond_the_spread(
@@ -67,7 +70,7 @@ def test_an_arm_that_learns_something_else_is_beyond_the_spread(
 
 def test_products_in_fp8_are_held_against_those_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--steps", "2", "--last", "2", "--backends", "torch", "torch+float8", "--precision", "bf16"]
-    _, row = run(monkeypatch, tmp_path / "rows.jsonl", *words, "--seeds", "0", "1", "2")
+    _, row = run(monkeypatch, tmp_path / "rows.jsonl", *words, "--seeds", "0", "1", "2", "--nudged", "0")
     plain, gathered, fp8, *others = row["curves"]
     assert (gathered["arm"], fp8["arm"]) == ("torch", "torch+float8")
     assert [curve["seed"] for curve in others] == [1, 2]
@@ -118,7 +121,13 @@ def test_curves_are_means_between_their_points() -> None:
     assert row["first_deviation"]["torch"] == 0.5
     assert row["largest_deviation"]["torch"] == 0.5
     third = parity.judged([*arms, history("reference", 2, 4.0)], 300, options)
-    assert third["spread"]["loss"] == pytest.approx(((4 + 9 + 1) / 3) ** 0.5)
+    assert third["spread"]["loss"] == 3.0
+    assert third["rounding"] is None
+    nudged = history("reference", 0, 1.25)
+    nudged.nudged = True
+    with_nudged = parity.judged([*arms[:2], nudged, arms[2]], 300, options)
+    assert with_nudged["rounding"] == {"loss": 0.25, "image_loss": 0.25}
+    assert {**with_nudged, **{name: row[name] for name in ("curves", "final", "rounding")}} == row
     assert third["differences"] == row["differences"]
     assert [(curve["arm"], curve["seed"]) for curve in third["curves"][1:]] == [
         ("torch", 0), ("reference", 1), ("reference", 2)
@@ -132,6 +141,7 @@ def test_curves_are_means_between_their_points() -> None:
     [
         (["--steps", "3"], "--last 50 is more than --steps 3"),
         (["--seeds", "1", "1"], "--seeds 1 1 must be two or more that differ"),
+        (["--nudged", "-1"], "--nudged -1 must be 0 or more"),
         (["--seeds", "1"], "--seeds 1 must be two or more"),
         (["--backends", "reference"], "arms are torch or triton"),
         (["--backends", "torch+fast"], "'fast' in 'torch+fast' is unknown"),
