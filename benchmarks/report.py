@@ -19,7 +19,7 @@ from sgmim_fast.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 IMAGES = Path("docs/images/benchmarks")
-MARKER = re.compile(r"^<!-- (/?)benchmarks:([a-z-]+) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- (/?)benchmarks:([a-z0-9-]+) -->$", re.MULTILINE)
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     "cpu-steps": tables.cpu_steps,
     "main-steps": tables.main_steps,

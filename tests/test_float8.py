@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from sgmim_fast import ModelConfig, UserError, create_model
+from sgmim_fast import ModelConfig, UserError, create_backbone, create_model
 from sgmim_fast.config import PretrainConfig, TrainConfig
 from sgmim_fast.masking import mask_indices
 from sgmim_fast.models.float8 import check_float8, use_float8
 from sgmim_fast.models.sgmim import SGMIM
 from sgmim_fast.train.pretrain_job import PretrainJob
+from tests.weight_cases import randomised
 
 CPU = torch.device("cpu")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -146,6 +147,22 @@ def test_weights_without_memory_run_too() -> None:
     batch = {name: x.bfloat16() if x.is_floating_point() else x for name, x in job.meta_batch().items()}
     task(batch).loss.backward()
     assert any(type(layer).__name__ == "Float8QkvLinear" for layer in task.modules())
+
+
+@pytest.mark.parametrize("encoder", ["swinv2", "vit"])
+def test_backbones_take_images_of_any_size(encoder: str) -> None:
+    """As fine-tuning trains them: any number of tokens, and a whole backward pass."""
+    torch.manual_seed(0)
+    pretrained = randomised(tiny(encoder).config)  # V2's norms begin with zeros
+    backbone = create_backbone(pretrained.config, weights=pretrained.state_dict(), backend="torch").bfloat16()
+    image = torch.randn(1, 3, 50, 70).bfloat16()
+    plain = backbone(image)
+    use_float8(backbone, "rowwise")
+    maps = backbone(image)
+    torch.stack([x.float().square().mean() for x in maps]).sum().backward()
+    for found, exact in zip(maps, plain, strict=True):
+        assert 0 < relative(found.detach(), exact.detach().double()) < 0.2
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters() if p.requires_grad)
 
 
 # -- refusals
