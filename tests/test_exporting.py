@@ -5,16 +5,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoBackbone, AutoConfig, BeitModel, SwinForMaskedImageModeling, SwinModel, Swinv2Model
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    BeitModel,
+    SwinForMaskedImageModeling,
+    SwinModel,
+    Swinv2Model,
+)
 from weight_cases import ENCODERS, randomised, refuses, same, tiny
 
 from sgmim_fast import BackboneConfig, create_model
+from sgmim_fast.data.augment import finish_image
 from sgmim_fast.exporting.huggingface import export_huggingface
 from sgmim_fast.exporting.weights import export_timm, export_weights
 from sgmim_fast.models.backbone import Backbone
@@ -69,7 +80,9 @@ def loaded(kind: Any, folder: Path, **options: Any) -> Any:
 def test_folder_of_a_pretrained_model(tmp_path: Path, encoder: str, dtype: torch.dtype) -> None:
     model = randomised(shape(encoder), dtype=dtype)
     export = export_huggingface(model, tmp_path / "new" / "folder")
-    assert {path.name for path in export.folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in export.folder.iterdir()} == {
+        "config.json", "model.safetensors", "preprocessor_config.json"
+    }  # fmt: skip
     assert THEIRS[encoder].__name__ in export.classes
     theirs = loaded(THEIRS[encoder], export.folder, add_pooling_layer=False)
     assert theirs.dtype == dtype  # as the folder says
@@ -130,6 +143,16 @@ def test_folder_of_a_backbone(tmp_path: Path, case: str, dtype: torch.dtype) -> 
     again = Backbone(backbone.config).to(dtype)
     assert load_weights(again, tmp_path / "model.safetensors", resize=False).missing == ()
     assert same(again.state_dict(), backbone.state_dict())
+
+
+def test_images_are_prepared_as_in_training(tmp_path: Path) -> None:
+    export_huggingface(backbone_of("swin", norm="all"), tmp_path, image_size=(64, 96))
+    prepare = AutoImageProcessor.from_pretrained(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 160, 3), dtype=np.uint8)
+    found = prepare(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+    wanted = finish_image(torch.from_numpy(pixels), False, (64, 96))
+    assert found.shape == (1, 3, 64, 96)
+    assert (found[0] - wanted).abs().max() < 0.02  # a level of 255, in units of the deviation
 
 
 def test_notes_on_other_maps(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders that transformers loads: ``config.json`` and ``model.safetensors``."""
+"""Folders that transformers loads: ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``."""
 
 import json
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from sgmim_fast.config import BackboneConfig
+from sgmim_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from sgmim_fast.errors import UserError, first_line
 from sgmim_fast.exporting.source import sides_of, source_of
 from sgmim_fast.hf_layout import name_of_stage_norm
@@ -39,10 +40,11 @@ def export_huggingface(
 
     As SwinModel, Swinv2Model or BeitModel; where the maps are the same, as SwinBackbone, Swinv2Backbone or
     BeitBackbone; a pre-training Swin also for masked image modelling. AutoBackbone itself loads from the Hub alone.
+    AutoImageProcessor gives images as the model has seen them: of that size, normalised.
 
     Args:
         model: a pre-training model, its encoder, or a backbone that gives its last map.
-        folder: made if it is not there; the two files in it are replaced.
+        folder: made if it is not there; the three files in it are replaced.
         image_size: side or (height, width) in pixels that transformers is told; unless given, that of the
             configuration. BEiT takes no other.
 
@@ -73,10 +75,26 @@ def export_huggingface(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, content in (("config", config), ("preprocessor_config", _preprocessing(size))):
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({first_line(error)}); choose another folder") from error
     return HuggingFaceExport(folder, classes, notes)
+
+
+def _preprocessing(size: tuple[int, int]) -> dict[str, Any]:
+    """Of images with 8 bits a channel, for transformers' image processor of ViT, which its Swin has too."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size[0], "width": size[1]},
+        "resample": 2,  # bilinear, as PIL counts
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
 
 
 def _classes(model: nn.Module, shape: BackboneConfig, normed: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
