@@ -75,7 +75,8 @@ def export_huggingface(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-        for name, content in (("config", config), ("preprocessor_config", _preprocessing(size))):
+        preprocessing = _preprocessing(sides_of(config["image_size"]))
+        for name, content in (("config", config), ("preprocessor_config", preprocessing)):
             (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({first_line(error)}); choose another folder") from error
