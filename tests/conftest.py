@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import torch
 if not torch.cuda.is_available():
     # Read when Triton is first imported: kernels then run on the CPU, one program after the other.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# A shell starts what runs in the background deaf to Ctrl-C, and so would be the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Minutes each. What several processes share out (`make test`) must not begin with these last.

@@ -8,7 +8,6 @@ Source: Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv 2209.05433);
 """
 
 import functools
-import logging
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, get_args
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from sgmim_fast.config import Float8
 from sgmim_fast.errors import UserError, first_line
+from sgmim_fast.library_noise import without_torchao_complaints
 from sgmim_fast.models.layers import QkvLinear, qkv_bias
 
 MULTIPLE = 16
@@ -58,13 +58,8 @@ def _objection(device: torch.device) -> str | None:
 
 
 def _torchao() -> Any:
-    # On import it registers its types in a way that PyTorch logs a complaint of, once on every rank.
-    complaints = logging.getLogger("torch.utils._pytree")
-    before, complaints.disabled = complaints.disabled, True
-    try:
+    with without_torchao_complaints():
         return import_module("torchao.float8")
-    finally:
-        complaints.disabled = before
 
 
 def use_float8(model: nn.Module, float8: Float8) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from sgmim_fast.errors import UserError, first_line
+from sgmim_fast.library_noise import without_torchao_complaints
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = {"nearer": "larger is nearer", "farther": "larger is farther"}
@@ -87,9 +88,9 @@ class DepthEstimator:
         Raises:
             UserError: if it is no depth model, has no safetensors weights, or lacks some that its output depends on.
         """
-        from transformers import AutoModelForDepthEstimation
-
         with _quiet_library():
+            from transformers import AutoModelForDepthEstimation
+
             try:
                 model, report = AutoModelForDepthEstimation.from_pretrained(
                     self.name, **_source(self.name, self.commit), use_safetensors=True, output_loading_info=True
@@ -186,7 +187,8 @@ def open_estimator(
     if direction is not None and direction not in DIRECTIONS:
         raise UserError(f"--direction {direction} is unknown; choose {' or '.join(DIRECTIONS)}")
     try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
+        with without_torchao_complaints():
+            from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
     except ImportError as error:
         raise UserError("structure maps need transformers; run pip install 'sgmim-fast[maps]'") from error
     if not Path(model).is_dir() and (not model or model.startswith((".", "/", "~")) or model.count("/") > 1):
@@ -280,7 +282,8 @@ def _quiet_library() -> Iterator[None]:
     library.disable_progress_bar()
     hub.setLevel(logging.ERROR)
     try:
-        yield
+        with without_torchao_complaints():
+            yield
     finally:
         library.set_verbosity(levels[0])
         hub.setLevel(levels[1])
