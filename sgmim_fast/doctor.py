@@ -51,7 +51,7 @@ PACKAGES = (
 )
 # Those that do not tell their version themselves, by the name they are installed under.
 INSTALLED_AS = {"Pillow": "pillow", "PyYAML": "pyyaml", "TensorBoard": "tensorboard", "safetensors": "safetensors"}
-INSTALLED_AS |= {"rich": "rich", "tyro": "tyro", "xformers": "xformers"}
+INSTALLED_AS |= {"rich": "rich", "tyro": "tyro", "xformers": "xformers", "torchao": "torchao"}
 
 BAD = ("not installed", "broken")
 

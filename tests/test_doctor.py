@@ -59,6 +59,7 @@ def test_it_says_what_a_run_would_meet() -> None:
     assert found["ready"] is True
     assert found["problems"] == []
     assert found["packages"]["PyTorch"] == torch.__version__
+    assert not [name for name, state in found["packages"].items() if state.startswith(doctor.BAD[1])]
     assert found["machine"]["CPU"]
     assert {choice["option"] for choice in found["choices"]} == CHECKS.keys()
     for choice in found["choices"]:
