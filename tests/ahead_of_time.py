@@ -14,7 +14,6 @@ import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build" / "triton"
 sys.path.insert(0, str(ROOT))
 
-from machine_code import SHARED_BYTES, MachineCode, read_machine_code  # noqa: E402
+from machine_code import SHARED_BYTES, MachineCode, read_machine_codes  # noqa: E402
 
 import benchmarks  # noqa: E402, F401  (makes sgmim_fast.kernels importable where nothing is installed)
 from sgmim_fast import kernels, ops  # noqa: E402
@@ -321,10 +320,9 @@ def main() -> None:
     triton.knobs.cache.dir = str(CACHE)
     launches = sorted(compile_launches(capability), key=lambda launch: launch.name)
     compiled = [launch for launch in launches if launch.kernel is not None]
-    with ThreadPoolExecutor(2) as pool:
-        codes = pool.map(lambda launch: read_machine_code(launch.kernel, CACHE), compiled)
-        for launch, code in zip(compiled, codes, strict=True):
-            launch.code = code
+    codes = read_machine_codes([launch.kernel for launch in compiled], capability)
+    for launch, code in zip(compiled, codes, strict=True):
+        launch.code = code
     print(table(launches))
     found = [
         f"{launch.name} ({launch.choices() if launch.kernel else launch.case}): {complaint}"

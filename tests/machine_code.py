@@ -1,13 +1,14 @@
 """What the compiler made of a kernel: registers, spills, matrix instructions and widths of memory access, by SASS."""
 
-import hashlib
-import json
-import os
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Shared memory that one program may ask for, by compute capability."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", re.MULTILINE)
+_ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/")
 _RESOURCES = re.compile(r"\bREG:(\d+) STACK:(\d+)\b.*?\bLOCAL:(\d+)\b")
 _MATRIX = re.compile(r"(UTC)?[A-Z]?G?MMA")  # HMMA, HGMMA, IMMA, QGMMA, UTCHMMA, ...
 _DOT = re.compile(r"\btt\.dot\b[^\n]*: tensor<[\dx]+x(\w+)> \* tensor<[\dx]+x(\w+)>")
@@ -69,29 +71,57 @@ class MachineCode:
         return dict(sorted(found.items(), reverse=True))
 
 
-def read_machine_code(kernel: Any, cache: Path) -> MachineCode:
-    """Disassemble a ``triton.compiler.CompiledKernel`` with the tools in Triton's own package.
+def read_machine_codes(kernels: Sequence[Any], capability: int) -> list[MachineCode]:
+    """Disassemble each ``triton.compiler.CompiledKernel`` with the tools in Triton's own package.
 
-    What was found is kept in the folder ``cache``: disassembling takes as long as compiling.
+    Starting the disassembler takes ten times as long as reading a kernel, so it reads all instructions in one go, one
+    kernel behind the other.
     """
-    cubin, ttir = kernel.asm["cubin"], kernel.asm["ttir"]
-    here = Path(__file__).read_bytes()
-    path = cache / f"{hashlib.sha256(here + cubin + ttir.encode()).hexdigest()}.json"
-    if path.exists():
-        return MachineCode(**json.loads(path.read_text(encoding="utf-8")))
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(file)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found = parse_machine_code(text, ttir)
-        file.write_text(json.dumps(vars(found)), encoding="utf-8")
-        os.replace(file, path)
+    codes = [_instructions(kernel.asm["cubin"]) for kernel in kernels]
+    ends = list(accumulate(map(len, codes)))
+    listings: list[list[str]] = [[] for _ in kernels]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernels.bin")
+        file.write_bytes(b"".join(codes))
+        target = f"SM{capability}a" if capability >= 90 else f"SM{capability}"
+        for line in _told(triton.knobs.nvidia.nvdisasm.path, "-b", target, str(file)).splitlines():
+            if place := _ADDRESS.match(line):
+                listings[bisect_right(ends, int(place[1], 16))].append(line)
+        found = []
+        for kernel, lines in zip(kernels, listings, strict=True):
+            file.write_bytes(kernel.asm["cubin"])
+            resources = _told(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
+            found.append(parse_machine_code("\n".join([resources, *lines]), kernel.asm["ttir"]))
     return found
 
 
+def _told(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The one section of an ELF file whose name begins with ``.text.``.
+
+    Source: the ELF-64 object file format, headers of file and sections.
+
+    Raises:
+        ValueError: if there is none, or are more.
+    """
+    (start,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, start + number * size) for number in range(count)]
+    texts = [
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", headers[names][4] + name)
+    ]
+    if len(texts) != 1:
+        raise ValueError(f"a compiled kernel holds {len(texts)} sections of instructions instead of one")
+    return texts[0]
+
+
 def parse_machine_code(listing: str, ttir: str) -> MachineCode:
-    """From the listing of ``cuobjdump -sass -res-usage`` and Triton's intermediate code.
+    """From the listings of ``cuobjdump -res-usage`` and a disassembler, and Triton's intermediate code.
 
     Raises:
         ValueError: if either is written in a way that this function does not know.
@@ -99,7 +129,7 @@ def parse_machine_code(listing: str, ttir: str) -> MachineCode:
     resources = _RESOURCES.findall(listing)
     opcodes = Counter(_INSTRUCTION.findall(listing))
     if len(resources) != 1 or not any(opcode.split(".")[0] == "EXIT" for opcode in opcodes):
-        raise ValueError("cuobjdump's listing does not hold one kernel as expected")
+        raise ValueError("the listing does not hold one kernel as expected")
     operands = _DOT.findall(ttir)
     if len(operands) != len(re.findall(r"\btt\.dot(?:_scaled)?\b", ttir)):
         raise ValueError("a tt.dot of the intermediate code is written in an unknown way")
