@@ -1,9 +1,7 @@
 """The benchmark of the training step and of its optimizers: what it measures, and what it makes of what goes wrong."""
 
-import argparse
 import contextlib
 import itertools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,38 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 
-from benchmarks import deadline, harness, largest_batch, optimizers, step_profile, step_rows, step_turns, train_step
+from benchmarks import deadline, harness, optimizers, step_rows, step_turns, train_step
 from benchmarks.clocks import HostClock
 from benchmarks.optimizers import Update
 from benchmarks.step_arms import PEER, Runner, Variant, make_batch
 from benchmarks.step_parity import Result, deviations, result_of, truth_of
 from benchmarks.step_rows import ratio
 from benchmarks.step_turns import Arm, reason_of
-from sgmim_fast import UserError, create_model
-from sgmim_fast.models.sgmim import SGMIM
+from sgmim_fast import UserError
+from tests.step_cases import CPU, TINY, arm, run
 from tests.weight_cases import randomised, tiny
-
-TINY = ["image_size=64", "embed_dim=8", "depths=(1,1,1,1)", "num_heads=(1,1,1,1)", "window_size=4"]
-CPU = torch.device("cpu")
-
-
-def arm(name: str, model: SGMIM, size: int = 2, optimizer: str | None = None, precision: str = "fp32") -> Runner:
-    torch.manual_seed(0)
-    return Runner(model, make_batch(model.config, size, CPU), Variant.parse(name), precision, optimizer)
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, module: Any, path: Path, *words: str) -> tuple[int, list[dict[str, Any]]]:
-    monkeypatch.setattr("sys.argv", [module.__name__, *words, "--output", str(path)])
-    with pytest.raises(SystemExit) as ended:
-        module.main()
-    return int(ended.value.code or 0), rows_of(path)
-
 
 # -- arms
 
@@ -211,134 +188,6 @@ def test_an_optimizer_that_is_wrong_fails(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(optimizers, "optimizer_of", lazy)
     words = ["--device", "cpu", "--implementations", "plain", "foreach"]
     assert run(monkeypatch, optimizers, tmp_path / "rows.jsonl", *words)[0] == 1
-
-
-# -- where the time goes
-
-
-@pytest.mark.parametrize(("name", "guidance"), [("reference", "relational"), ("torch", "relational"), (PEER, "none")])
-def test_every_part_of_an_eager_step_takes_time(name: str, guidance: str) -> None:
-    runner = arm(name, create_model(tiny("swin", guidance=guidance)), optimizer="adamw")
-    runner.warm_up()
-    found = step_profile.profiled(runner)
-    expected = {"attention", "encoder, rest", "heads", "matrix products", "norms", "optimizer", "losses, rest"}
-    assert set(found["parts"]) == expected | ({"guidance"} if guidance != "none" else set())
-    assert all(seconds > 0 for seconds in found["parts"].values())
-    assert found["parts_by"] == "modules"
-    assert "forward" not in vars(runner.model.encoder)  # the ranges are gone again
-
-
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_the_backward_pass_is_of_the_modules_that_made_it(backend: str) -> None:
-    runner = arm(backend, create_model(tiny("swin")))
-    events = list(step_profile._record(runner, by_module=True))
-    makers = step_profile._makers(events)
-    places: dict[str, set[str]] = {}
-    for event in events:
-        if step_profile._node(event) is not None and event.name in ("aten::bmm", "aten::mm", "aten::sgn"):
-            places.setdefault(event.name, set()).add(step_profile._place(event, makers))
-    assert places["aten::mm"] == {"attention", "encoder, rest", "guidance", "heads"} - (
-        {"heads"} if backend == "reference" else set()  # whose heads are convolutions
-    )
-    assert places["aten::bmm"] == {"attention", "guidance"}
-    assert places["aten::sgn"] == {"losses, rest"}  # of the absolute errors
-
-
-class Event(SimpleNamespace):
-    """What the profiler would tell of an operation, a kernel or a range."""
-
-    def __init__(self, name: str, parent: Any = None, **more: Any) -> None:
-        usual = {"device_type": DeviceType.CPU, "sequence_nr": -1, "is_user_annotation": False, "kernels": []}
-        start = more.pop("start", 0)
-        super().__init__(name=name, cpu_parent=parent, **{**usual, **more})
-        self.time_range = SimpleNamespace(start=start, elapsed_us=lambda: more.get("microseconds", 0))
-        self.self_device_time_total = sum(kernel.duration for kernel in self.kernels)
-
-
-def kernel(name: str, duration: float) -> SimpleNamespace:
-    return SimpleNamespace(name=name, duration=duration)
-
-
-def test_kernels_are_of_the_operations_that_start_them() -> None:
-    """A made-up trace of a GPU: an eager step's forward and backward pass, on two threads."""
-    outer = Event(step_profile.RANGE + "losses, rest", is_user_annotation=True)
-    encoder = Event(step_profile.RANGE + "encoder, rest", outer, is_user_annotation=True)
-    attention = Event(step_profile.RANGE + "attention", encoder, is_user_annotation=True)
-    view = Event("aten::view", encoder, sequence_nr=7, start=1)  # makes no node, so that it tells the next one's number
-    linear = Event("aten::linear", attention, sequence_nr=7, start=2)
-    product = Event("aten::addmm", linear, sequence_nr=7, start=3, kernels=[kernel("nvjet", 5)])
-    window = Event("sgmim_fast::window_attention", attention, sequence_nr=8, start=4, kernels=[kernel("_forward", 11)])
-    node = Event(step_profile.NODE + "AddmmBackward0", None, sequence_nr=7, start=9)
-    named = Event("AddmmBackward0", node, sequence_nr=7, start=10)
-    back = Event("aten::mm", named, start=11, kernels=[kernel("nvjet", 10)])
-    other = Event(step_profile.NODE + "GeneratedBackward", None, sequence_nr=8, start=8)
-    window_back = Event("sgmim_fast::window_attention_backward", other, kernels=[kernel("_backward", 23)])
-    copy = Event("Memcpy", device_type=DeviceType.CUDA, microseconds=3)
-    events = [outer, encoder, attention, view, linear, product, window, node, named, back, other, window_back, copy]
-    found = step_profile.parts_of(events, on_gpu=True, by_module=True)
-    assert found == pytest.approx({"attention": 34e-6, "matrix products": 15e-6})
-    assert list(found) == ["attention", "matrix products"]  # the longest first
-
-
-@pytest.mark.parametrize(
-    ("names", "kernel_name", "part"),
-    [
-        (["sgmim_fast::window_attention", "CompiledFunction"], "_forward_whole", "attention"),
-        (["sgmim_fast::guidance_attention_backward"], "_backward_keys", "guidance"),
-        (["sgmim_fast::gather_tokens"], "_gather", "losses, rest"),
-        (["aten::addmm"], "sm90_xmma_gemm_bf16", "matrix products"),
-        (["CompiledFunction"], "nvjet_tst_192x128", "matrix products"),
-        (["CompiledFunction"], "triton_tem_fused_addmm_3", "matrix products"),
-        (["CompiledFunction"], "triton_per_fused_add_native_layer_norm_7", "norms"),
-        (["CompiledFunction"], "triton_poi_fused_gelu_1", "fused"),
-        (["aten::_efficient_attention_forward"], "fmha_cutlassF_bf16", "attention"),
-        (["aten::copy_"], "elementwise_kernel", "losses, rest"),
-    ],
-)
-def test_kernels_of_compiled_programs_are_told_apart(names: list[str], kernel_name: str, part: str) -> None:
-    assert step_profile.part_of_kernel(names, kernel_name) == part
-
-
-def test_compiled_steps_tell_their_optimizer_apart() -> None:
-    update = Event(step_profile.RANGE + "optimizer", is_user_annotation=True)
-    events = [
-        Event("aten::_fused_adamw_", update, kernels=[kernel("multi_tensor", 2)]),
-        Event("CompiledFunction", None, kernels=[kernel("triton_red_fused_layer_norm", 3), kernel("nvjet", 4)]),
-    ]
-    found = step_profile.parts_of(events, on_gpu=True, by_module=False)
-    assert found == pytest.approx({"matrix products": 4e-6, "norms": 3e-6, "optimizer": 2e-6})
-
-
-def test_launches_and_top_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shadow(name: str, microseconds: float) -> Event:
-        return Event(name, device_type=DeviceType.CUDA, microseconds=microseconds)
-
-    annotation = Event("Torch-Compiled Region", device_type=DeviceType.CUDA, is_user_annotation=True, microseconds=99)
-    launches = [
-        Event("cudaLaunchKernel"),
-        Event("cuLaunchKernelEx"),
-        Event("cudaGraphLaunch"),
-        Event("cudaMemcpyAsync"),
-    ]
-    # Three steps of these are recorded.
-    events = [annotation, *launches * 3, *[shadow("a", 3.0), shadow("b", 4.0), shadow("a", 2.0)] * 3]
-    monkeypatch.setattr(step_profile, "_record", lambda *_: events)
-    runner: Any = SimpleNamespace(variant=Variant.parse("triton+graphs"), device=torch.device("cuda"))
-    found = step_profile.profiled(runner)
-    assert found["parts"] is None
-    assert found["device_busy_seconds"] == pytest.approx(9e-6)
-    assert (found["kernel_launches"], found["graph_launches"]) == (2, 1)
-    assert [(row["name"], row["count"]) for row in found["top_kernels"]] == [("a", 2), ("b", 1)]
-    monkeypatch.setattr(step_profile, "_record", lambda *_: launches)
-    ready = Arm(runner, Result(0.0, {}), None, 0, 2, 0.0)
-    assert "no work of the GPU" in train_step.where_time_goes(ready, deadline.Deadline(None))["parts_failed"]
-    monkeypatch.setattr(step_profile, "_record", lambda *_: events)
-    late = train_step.where_time_goes(ready, deadline.Deadline(0.0))
-    assert late == {"parts": None, "parts_failed": "the time given by --seconds is over"}
-    assert train_step.where_time_goes(ready, deadline.Deadline(None)) | found == found | {
-        "cuda_graphs": True,
-        "cuda_graph_skips": 2,
-    }
 
 
 # -- turns
@@ -532,88 +381,3 @@ def test_memory_of_an_arm_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = step_turns.prepare(make("triton"), lambda: 0)
     assert (eager.activation_bytes, eager.step_memory_bytes) == (5, 7)
     assert asked == ["warm_up", "hold_gradients", "drop_gradients"]
-
-
-# -- the largest batch
-
-
-@pytest.mark.parametrize("limit", [0, 1, 31, 32, 33, 95, 96, 128, 130, 500, 4096])
-@pytest.mark.parametrize(("first", "step"), [(32, 32), (32, 8), (24, 16), (1, 1)])
-def test_the_largest_batch_is_found(limit: int, first: int, step: int) -> None:
-    found = largest_batch.largest(lambda batch: batch <= limit, first, step, 512)
-    best = found.largest or 0
-    assert best <= limit
-    assert found.failing is None or limit < found.failing
-    if found.failing is None:
-        assert best == 512
-    else:
-        assert found.failing - best <= step
-    assert found.trials[0][0] == first
-    assert len(found.trials) <= 20
-
-
-def test_a_search_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU its memory is made up; the step that runs in it is real in what it raises."""
-    given: list[float] = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (140 * 10**9, 150 * 10**9))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * 10**9)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: given.append(share))
-
-    def trial(options: Any, device: Any, variant: Any, batch: int) -> dict[str, Any]:
-        if batch > 200:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return {"peak_reserved_bytes": batch}
-
-    monkeypatch.setattr(largest_batch, "trial", trial)
-    options = argparse.Namespace(first=32, step=32, most=1024)
-    found = largest_batch.search(options, CPU, Variant.parse("triton"), 24)
-    assert given == [pytest.approx(23 / 150)]  # 1 GB is the context's
-    assert (found["largest_batch"], found["smallest_failing_batch"]) == (192, 224)
-    assert found["peak_reserved_bytes"] == 192
-    assert (found["budget_bytes"], found["context_bytes"]) == (24 * 10**9, 10**9)
-
-    def broken(*_: Any) -> Any:
-        raise ValueError("a mistake")
-
-    monkeypatch.setattr(largest_batch, "trial", broken)
-    with pytest.raises(ValueError, match="a mistake"):
-        largest_batch.search(options, CPU, Variant.parse("triton"), 24)
-
-
-def test_searches_go_on_where_they_were_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, float]] = []
-    answers: dict[tuple[str, float], dict[str, Any]] = {
-        ("torch", 24.0): {"reason": "it was not ready after 3 s, all that --seconds left", "late": True},
-    }
-    usual = {"largest_batch": 32, "peak_reserved_bytes": 1, "training_images_per_second": 1.0}
-
-    def ask_child(variant: Variant, budget: float, limit: Any) -> dict[str, Any]:
-        asked.append((variant.name, budget))
-        return dict(answers.pop((variant.name, budget), usual))
-
-    monkeypatch.setattr(largest_batch, "ask_child", ask_child)
-    monkeypatch.setattr(largest_batch.harness, "gpu", lambda: CPU)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
-    path = tmp_path / "rows.jsonl"
-    words = ["--backends", "torch", "triton", "--memory-budget", "24", "80", "141", "--output", str(path)]
-    options = largest_batch.arguments().parse_args(words)
-    assert largest_batch.search_all(options) == 75
-    assert asked == [("torch", 24), ("triton", 24), ("torch", 80), ("triton", 80)]
-    assert [row.get("reason", "") for row in rows_of(path)][-1] == "this GPU has 80.0 GB"
-    asked.clear()
-    assert largest_batch.search_all(options) == 0
-    assert asked == [("torch", 24)]
-    options.step = 8  # a finer search is another one
-    largest_batch.search_all(options)
-    assert len(asked) == 5
-
-
-def test_without_a_gpu_there_is_no_largest_batch(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["largest_batch"])
-    with pytest.raises(SystemExit) as ended:
-        largest_batch.main()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("error: no CUDA GPU is visible here")
