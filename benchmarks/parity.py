@@ -58,6 +58,7 @@ RESULTS = harness.RESULTS / "parity.jsonl"
 PLAIN = "reference"
 LOSSES = ("loss", "image_loss", "structure_loss")
 POINTS = 100  # of a curve
+SIGNS = 10  # of life, while it trains
 WARM_UP = 0.05  # of the steps
 DIGITS = 6
 Row = dict[str, Any]
@@ -237,6 +238,8 @@ def train(
                 for arm in arms:
                     arm.take(done, batch, rate)
             done += 1
+            if done % max(1, options.steps // SIGNS) == 0:
+                print(f"{done} of {options.steps} steps", flush=True)
     return [arm for arms in turns for arm in arms], done
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tiny_run import make_pairs
 from training_runs import arguments, refuse, rows, succeed, train
 
@@ -53,6 +54,27 @@ def test_so_has_one_on_two_ranks(pairs: Path, tmp_path: Path) -> None:
 def test_so_has_one_with_another_attention(one_rank: Path, pairs: Path, tmp_path: Path) -> None:
     succeed(train(1, arguments(pairs, tmp_path / "run", **SMALL, train__attention="sdpa")))
     assert_same_losses(tmp_path / "run", one_rank)
+
+
+def test_products_in_fp8_train_as_those_in_bf16(pairs: Path, tmp_path: Path) -> None:
+    """Two ranks, partitioned gradients; the checkpoint is one like any other, and knows how it was trained."""
+    bf16 = {**SMALL, "train__precision": "bf16", "train__zero_stage": 2}
+    for name in ("off", "tensorwise"):
+        succeed(train(2, arguments(pairs, tmp_path / name, **bf16, train__float8=name)))
+    fp8, plain = rows(tmp_path / "tensorwise"), rows(tmp_path / "off")
+    assert len(fp8) == len(plain) == 2
+    for got, expected in zip(fp8, plain, strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+    assert [row["grad_norm"] for row in fp8] != [row["grad_norm"] for row in plain]
+    weights = [
+        load_file(tmp_path / name / "checkpoints/step_000002/model.safetensors") for name in ("off", "tensorwise")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    changed = {**bf16, "train__float8": "rowwise", "train__batch_size": 4}  # one rank takes what two took
+    refuse(
+        arguments(pairs, tmp_path / "tensorwise", **changed, resume="auto"),
+        "was written with train.float8 = tensorwise, this run has rowwise",
+    )
 
 
 @pytest.mark.parametrize(
