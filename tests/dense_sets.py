@@ -4,10 +4,15 @@ Every image's green channel holds its index. Depth rises from the left to the ri
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from sgmim_fast.config import DepthDataConfig, SegmentationDataConfig
+from sgmim_fast.data.dense.folders import Split
+from sgmim_fast.data.dense.opening import open_depth, open_labels
+from sgmim_fast.data.dense.samples import DenseSamples
 from sgmim_fast.data.scenes.synthetic import render_dataset
 
 KITTI_SIZE = (370, 1226)
@@ -128,3 +133,29 @@ def write_own_labels(root: Path, count: int = 11, size: tuple[int, int] = OWN_SI
         save(root / f"images/{index:02d}.png", picture(index, size))
         save(root / f"labels/{index:02d}.png", stored)
     return root
+
+
+def write_every_kind(root: Path) -> Path:
+    """A small set of each kind, in a folder of its name; the folder of all."""
+    write_kitti(root / "kitti")
+    write_nyu(root / "nyu", size=(48, 64))
+    write_ade20k(root / "ade20k")
+    write_scenes(root / "scenes")
+    write_own_depth(root / "depth")
+    write_own_labels(root / "labels")
+    return root
+
+
+def depth(
+    root: Path, split: Split = "train", dataset: str = "folder", max_depth: float = 10, **fields: Any
+) -> DenseSamples:
+    own = {"depth_scale": 1000, "crop_size": (32, 32)} if dataset == "folder" else {}
+    config = DepthDataConfig(dataset=dataset, path=str(root), **{**own, **fields})  # type: ignore[arg-type]
+    return open_depth(config, split, max_depth=max_depth)
+
+
+def labels(
+    root: Path, split: Split = "train", dataset: str = "folder", classes: int = CLASSES, **fields: Any
+) -> DenseSamples:
+    config = SegmentationDataConfig(dataset=dataset, path=str(root), **fields)  # type: ignore[arg-type]
+    return open_labels(config, split, classes=classes)
