@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from sgmim_fast.errors import LostPeerError, UserError, first_line
+from sgmim_fast.gloo_threads import await_idle_gloo
 
 T = TypeVar("T")
 
@@ -79,6 +80,7 @@ def joined_ranks(timeout_seconds: float) -> Iterator[torch.device]:
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+        await_idle_gloo()
 
 
 def on_chief(decide: Callable[[], T]) -> T:
