@@ -92,7 +92,7 @@ def test_verify_is_measured_in_the_same_way(folders: dict[str, Path]) -> None:
     assert ended(session)
 
 
-def ended(session: int, patience: float = 10.0) -> bool:
+def ended(session: int, patience: float = 60.0) -> bool:
     """Whether no process of a session is left; helpers of Python's end by themselves, a moment later."""
     until = time.monotonic() + patience
     while time.monotonic() < until:

@@ -280,7 +280,7 @@ def test_killed_run_goes_on_and_equals_an_undisturbed_one(source: Path, tmp_path
     command = [sys.executable, str(script), str(source), str(out), str(workers)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # The pipe ends when the last process that holds it does: a packing process must not outlive its parent.
-    process = subprocess.run(command, env=environment, capture_output=True, timeout=20)
+    process = subprocess.run(command, env=environment, capture_output=True, timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert not (out / "shards.json").exists()
     refused(lambda: read_shards(out), "no finished sharded data set", "sgmim shard")

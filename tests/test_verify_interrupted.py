@@ -21,7 +21,7 @@ from sgmim_fast.data.verification.verify import verify
 from sgmim_fast.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-KILLED_AFTER = 10  # seconds; what is waited for takes a fraction of one
+KILLED_AFTER = 60  # seconds; what is waited for takes a fraction of one on a quiet machine
 
 
 class CountingDecoder(PillowDecoder):
