@@ -197,19 +197,23 @@ def _may_be_missing(name: str, target: Target) -> bool:
 
 
 def _check_layout(layout: str, target: Target, encoder: Encoder) -> None:
-    if layout not in get_args(Layout):
-        raise UserError(f"layout {layout!r} is unknown; choose one of {', '.join(get_args(Layout))}")
+    layouts = get_args(Layout)
+    if layout not in layouts:
+        raise UserError(f"layout {layout!r} is unknown; choose one of {', '.join(layouts)}")
+    if need := _unmet_need(layout, target, encoder):
+        others = [other for other in layouts if not _unmet_need(other, target, encoder)]
+        raise UserError(f"layout {layout!r} {need}; save this one as {' or '.join(map(repr, others))}")
+
+
+def _unmet_need(layout: str, target: Target, encoder: Encoder) -> str | None:
+    """What keeps a layout from taking such a model; None if it does."""
     if layout == "sgmim" and target in ("plain", "encoder"):
-        raise UserError(
-            "layout 'sgmim' needs a model with guidance; save this one with layout 'simmim', 'swin' or 'timm'"
-        )
+        return "needs a model with guidance"
     if layout == "simmim" and target in ("encoder", "backbone"):
-        raise UserError(f"layout 'simmim' needs the image head; save {_A[target]} as 'swin' or 'timm'")
+        return "needs the image head"
     if layout in ("swin", "mim-depth") and encoder == "vit":
-        raise UserError(f"layout {layout!r} is for Swin and Swin V2; save a ViT as 'timm' or 'hf'")
-
-
-_A = {"encoder": "an encoder alone", "backbone": "a backbone"}
+        return "is for Swin and Swin V2"
+    return None
 
 
 # -- position tables

@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def roomy(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    __tracebackhide__ = True
     return call(*arguments, **options)
 
 

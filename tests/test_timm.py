@@ -325,6 +325,53 @@ def test_other_windows_channels_and_classifiers(tmp_path: Path) -> None:
     assert torch.equal(other.norm.weight, official["norm.weight"])
 
 
+@pytest.mark.parametrize(
+    ("encoder", "sizes", "tables"),
+    [
+        ("swin", {"window_size": 6}, 8),
+        ("swin", {"img_size": (40, 56), "window_size": 7}, 6),
+        ("swin", {"window_size": (4, 4, 3, 2)}, 2),
+        ("swin", {"img_size": 96}, 0),
+        ("swinv2", {"img_size": 96, "window_size": 6}, 0),
+        ("vit", {"img_size": (48, 96)}, 1),
+    ],
+)
+def test_input_size_set_later_is_as_from_the_start(
+    encoder: str, sizes: dict[str, Any], tables: int, tmp_path: Path
+) -> None:
+    before = scattered(encoder, torch.float32)
+    path = save_weights(before, tmp_path / "weights.safetensors", layout="timm")
+    before.patch_embed.requires_grad_(False)
+    old = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    before.set_input_size(**sizes)
+    made = make(encoder, checkpoint_path=str(path), **sizes).eval()
+    assert before.config == made.config == before.shape
+    state = made.state_dict()
+    assert state.keys() == old.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in before.state_dict().items())
+    assert sum(state[name].shape != tensor.shape for name, tensor in old.items()) == tables
+    assert [parameter.requires_grad for parameter in before.parameters()].count(False) == len(
+        list(before.patch_embed.parameters())
+    )
+    assert torch.equal(before(picture(80, 112).float()), made(picture(80, 112).float()))
+
+
+def test_input_size_of_swin_v2_is_timms(tmp_path: Path) -> None:
+    ours = scattered("swinv2", num_classes=10)
+    theirs = of_timm("swinv2", ours, tmp_path)
+    ours.set_input_size(img_size=96, window_size=6)
+    theirs.set_input_size(img_size=(96, 96), window_size=6)
+    assert ours.config.window_size == (6, 6, 6, 3)
+    close(ours(picture(96, 96)), theirs(picture(96, 96)))
+
+
+def test_input_sizes_that_cannot_be_are_refused() -> None:
+    model = make("swin")
+    refuses(lambda: model.set_input_size(window_size=0), "window_size (0, 0, 0, 0) must be 1 or more each")
+    refuses(lambda: model.set_input_size(img_size="large"), "image_size 'large' must be an integer")
+    assert model.config.window_size == (4, 4, 4, 2)
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = randomised(tiny("swin"))
     state = model.state_dict()

@@ -14,6 +14,7 @@ from sgmim_fast.models.encoder import ImageEncoder
 from sgmim_fast.models.swin import SwinEncoder
 from sgmim_fast.models.vit import ViTEncoder
 from sgmim_fast.timm.loading import translate_names
+from sgmim_fast.timm.resizing import resize_map, resize_windows
 from sgmim_fast.train.optim import NOT_DECAYED
 
 Indices = int | list[int] | None
@@ -112,6 +113,32 @@ class TimmModel(ImageEncoder, Choices):
         """Replace the classifier, and the pooling if it is named."""
         raise NotImplementedError
 
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        window_size: int | tuple[int, ...] | None = None,
+    ) -> None:
+        """Another nominal image size, other windows, or both; images of any size are taken as before.
+
+        Position tables are resized, so an optimizer that holds them must be made anew.
+
+        Args:
+            img_size: side or (height, width) in pixels. A ViT's position table is made for it. For Swin it reduces a
+                ``window_size`` that is one number where a stage's map is smaller; alone it changes nothing.
+            window_size: tokens a window side, one number or one a stage (Swin); None keeps the windows.
+
+        Raises:
+            UserError: for a size that cannot be.
+        """
+        given = {"image_size": img_size, "window_size": window_size}
+        config = replace(self.config, **{name: size for name, size in given.items() if size is not None})
+        self.resize(config)
+        self.config = self.shape = config
+
+    def resize(self, config: BackboneConfig) -> None:
+        """Bring position tables to another configuration's size."""
+        raise NotImplementedError
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.set_activation_checkpointing(range(len(self.block_stages())) if enable else ())
 
@@ -138,6 +165,9 @@ class ClassifyingSwin(SwinEncoder, TimmModel):
     ) -> None:
         super().__init__(shape)
         self.finish(in_chans, num_classes, global_pool, drop_rate, backend, attention, place)
+
+    def resize(self, config: BackboneConfig) -> None:
+        resize_windows(self, config)
 
     def make_head(self, drop_rate: float) -> None:
         self.head = ClassifierHead(self.num_features, self.num_classes, self.global_pool, drop_rate, input_fmt="NHWC")
@@ -221,6 +251,9 @@ class ClassifyingViT(ViTEncoder, TimmModel):
     ) -> None:
         super().__init__(shape)
         self.finish(in_chans, num_classes, global_pool, drop_rate, backend, attention, place)
+
+    def resize(self, config: BackboneConfig) -> None:
+        resize_map(self, config)
 
     def make_head(self, drop_rate: float) -> None:
         self.head_drop = nn.Dropout(drop_rate)
