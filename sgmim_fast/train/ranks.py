@@ -1,11 +1,9 @@
 """Joining the ranks of a run, on GPUs or CPUs, under whichever launcher."""
 
-import logging
 import os
 import re
 import socket
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +16,7 @@ from torch import distributed
 
 from sgmim_fast.errors import LostPeerError, UserError, first_line
 from sgmim_fast.gloo_threads import await_idle_gloo
+from sgmim_fast.train.deepspeed_quirks import spare_needless_work
 
 T = TypeVar("T")
 
@@ -179,11 +178,7 @@ def _leave_behind() -> None:
 
 def _join(timeout: timedelta) -> torch.device:
     """NCCL on GPUs, gloo on CPUs."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls torch's collectives by names that torch has begun to rename.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    # Only inference uses this op; building it would need a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    spare_needless_work()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in alone.items():  # started without a launcher
         os.environ.setdefault(name, value)
