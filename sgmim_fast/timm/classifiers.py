@@ -130,7 +130,7 @@ class TimmModel(ImageEncoder, Choices):
         Raises:
             UserError: for a size that cannot be.
         """
-        given = {"image_size": img_size, "window_size": window_size}
+        given: dict[str, Any] = {"image_size": img_size, "window_size": window_size}
         config = replace(self.config, **{name: size for name, size in given.items() if size is not None})
         self.resize(config)
         self.config = self.shape = config

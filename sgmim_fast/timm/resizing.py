@@ -4,7 +4,7 @@ from torch import nn
 
 from sgmim_fast.config import BackboneConfig
 from sgmim_fast.models.swin import SwinEncoder, WindowAttention
-from sgmim_fast.models.vit import ViTEncoder
+from sgmim_fast.models.vit import SharedRelativePositionBias, ViTEncoder
 from sgmim_fast.position_tables import Resampling, resize_table
 
 
@@ -13,9 +13,9 @@ def resize_windows(encoder: SwinEncoder, shape: BackboneConfig) -> None:
 
     Swin's position tables are resized (bicubic); Swin V2 asks its position MLP for the new offsets.
     """
-    for stage, blocks in enumerate(encoder.block_stages()):
+    for stage, layer in enumerate(encoder.layers):
         window, shifted, _ = shape.window_of(stage)
-        for number, block in enumerate(blocks.blocks):
+        for number, block in enumerate(layer.blocks):  # type: ignore[arg-type]
             attention = block.attn
             if isinstance(attention, WindowAttention):
                 _resize(attention, (attention.window,) * 2, (window,) * 2, "bicubic")
@@ -30,8 +30,13 @@ def resize_map(encoder: ViTEncoder, shape: BackboneConfig) -> None:
     encoder.rel_pos_bias.grid = (rows, columns)
 
 
-def _resize(holder: nn.Module, source: tuple[int, int], target: tuple[int, int], how: Resampling) -> None:
+def _resize(
+    holder: WindowAttention | SharedRelativePositionBias,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    how: Resampling,
+) -> None:
     table = holder.relative_position_bias_table
     if source != target:
-        resized = resize_table(table.detach(), source, target, how)  # type: ignore[arg-type]
+        resized = resize_table(table.detach(), source, target, how)
         holder.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
