@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import resource
 import sys
 import types
@@ -17,7 +18,7 @@ from torch import nn
 from weight_cases import ENCODERS, randomised, refuses, refuses_to_load, snapshot, tiny, write_official
 
 from sgmim_fast import UserError, create_model
-from sgmim_fast.weights import load_weights, read_config, save_weights
+from sgmim_fast.weights import load_weights, read_config, save_weights, tensors_of
 
 # -- what does not fit
 
@@ -176,10 +177,19 @@ def test_layouts_that_a_model_cannot_have(tmp_path: Path) -> None:
     guided, plain = create_model(tiny("vit")), create_model(tiny("swin", guidance="none"))
     path = tmp_path / "weights.safetensors"
     refuses(lambda: save_weights(guided, path, "onnx"), "'onnx'", "sgmim, simmim, swin, timm")  # type: ignore[arg-type]
-    refuses(lambda: save_weights(plain, path, "sgmim"), "'sgmim'", "guidance")
-    refuses(lambda: save_weights(plain.encoder, path, "sgmim"), "'sgmim'")
-    refuses(lambda: save_weights(plain.encoder, path, "simmim"), "'simmim'", "image head")
-    refuses(lambda: save_weights(guided, path, "swin"), "'swin'", "ViT")
+    for model, layout, need, others in (
+        (plain, "sgmim", "a model with guidance", "'simmim' or 'swin' or 'timm' or 'hf' or 'mim-depth'"),
+        (plain.encoder, "sgmim", "a model with guidance", "'swin' or 'timm' or 'hf' or 'mim-depth'"),
+        (plain.encoder, "simmim", "the image head", "'swin' or 'timm' or 'hf' or 'mim-depth'"),
+        (guided, "swin", "Swin and Swin V2", "'sgmim' or 'simmim' or 'timm' or 'hf'"),
+        (guided.encoder, "mim-depth", "Swin and Swin V2", "'timm' or 'hf'"),
+    ):
+        refuses(
+            lambda model=model, layout=layout: save_weights(model, path, layout),  # type: ignore[misc]
+            f"layout '{layout}' ", need, f"save this one as {others}",
+        )  # fmt: skip
+        for other in re.findall(r"'([\w-]+)'", others):
+            tensors_of(model, other)
     refuses(lambda: save_weights(guided, tmp_path / "weights.pth"), ".safetensors")
     assert list(tmp_path.iterdir()) == []
 
