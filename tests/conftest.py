@@ -46,7 +46,7 @@ def roomy(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 # Python keeps its frames in chunks of 16 KiB and gives an empty one back to the system at once. Where a loop's calls
-# cross the edge of a chunk, as those of Triton's interpreter do, a quarter of the time goes there. A frame of 320 KB
+# cross the edge of a chunk, as those of Triton's interpreter do, much of the time goes there. A frame of 320 KB
 # brings a chunk of 512 KiB along.
 roomy.__code__ = roomy.__code__.replace(co_stacksize=40_000)
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from sgmim_fast.gloo_threads import await_idle_gloo
+from sgmim_fast.train.gloo_threads import await_idle_gloo
 
 PR_SET_NAME = 15
 
 RANK = """
 import builtins, torch
 from torch import distributed
-from sgmim_fast.gloo_threads import await_idle_gloo
+from sgmim_fast.train.gloo_threads import await_idle_gloo
 
 distributed.init_process_group("gloo")
 builtins.held = distributed.group.WORLD  # as DeepSpeed does

@@ -14,7 +14,7 @@ PACKAGE = "sgmim_fast"
 # Lowest first. A room is a module or a folder; rooms of one layer do not import each other.
 LAYERS = (
     ("errors",),
-    ("masking", "nvidia_apex", "colors", "library_noise", "gloo_threads"),
+    ("masking", "nvidia_apex", "colors", "library_noise"),
     ("config", "reference", "kernels"),
     ("recipes", "finetune_recipes", "attention", "position_tables", "hf_layout"),
     ("ops", "weight_files"),

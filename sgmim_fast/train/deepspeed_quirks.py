@@ -22,7 +22,7 @@ def spare_needless_work() -> None:
 def _import_muon() -> None:
     """Import DeepSpeed's Muon, which it asks for whenever it makes an engine, with nothing in it compiled.
 
-    Its decorator would import all of PyTorch's compiler, more than a second on every rank.
+    Its decorator would import all of PyTorch's compiler, on every rank.
     """
     switch = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(switch)

@@ -15,8 +15,8 @@ import torch
 from torch import distributed
 
 from sgmim_fast.errors import LostPeerError, UserError, first_line
-from sgmim_fast.gloo_threads import await_idle_gloo
 from sgmim_fast.train.deepspeed_quirks import spare_needless_work
+from sgmim_fast.train.gloo_threads import await_idle_gloo
 
 T = TypeVar("T")
 
