@@ -74,8 +74,8 @@ class MachineCode:
 def read_machine_codes(kernels: Sequence[Any], capability: int) -> list[MachineCode]:
     """Disassemble each ``triton.compiler.CompiledKernel`` with the tools in Triton's own package.
 
-    Starting the disassembler takes ten times as long as reading a kernel, so it reads all instructions in one go, one
-    kernel behind the other.
+    Starting the disassembler takes far longer than reading a kernel, so it reads all instructions in one go, one kernel
+    behind the other.
     """
     codes = [_instructions(kernel.asm["cubin"]) for kernel in kernels]
     ends = list(accumulate(map(len, codes)))

@@ -267,7 +267,7 @@ def test_all_slices_in_the_smallest_size(tmp_path: Path, capsys: Any) -> None:
 
 def test_commands_are_stopped_with_their_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.0)
-    sleeper = f"sleep 60 & echo $! > {tmp_path}/child; wait"
+    sleeper = f"sleep 600 & echo $! > {tmp_path}/child; wait"
     assert gpu_check.finished("test", ["bash", "-c", sleeper], 2.0) is None
     child = Path("/proc", (tmp_path / "child").read_text().strip())
     assert ends(child)
@@ -276,7 +276,7 @@ def test_commands_are_stopped_with_their_children(tmp_path: Path, monkeypatch: p
 
 def test_a_command_leaves_nothing_running_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.0)
-    assert gpu_check.finished("test", ["bash", "-c", f"sleep 60 & echo $! > {tmp_path}/child"], 20.0) == 0
+    assert gpu_check.finished("test", ["bash", "-c", f"sleep 600 & echo $! > {tmp_path}/child"], 20.0) == 0
     assert ends(Path("/proc", (tmp_path / "child").read_text().strip()))
 
 
@@ -286,7 +286,7 @@ def test_what_a_check_has_started_ends_with_it(tmp_path: Path, number: signal.Si
         "from benchmarks import gpu_check, processes\n"
         "processes.leave_in_order()\n"
         f"gpu_check.finished('test', ['bash', '-c', 'echo $$ > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/child; "
-        "sleep 60'], 60.0)"
+        "sleep 600'], 600.0)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     try:
@@ -304,7 +304,10 @@ def test_what_a_check_has_started_ends_with_it(tmp_path: Path, number: signal.Si
 
 
 def ends(process: Path, seconds: float = 60.0) -> bool:
-    """Whether a process of Linux ends in time: one that was killed may take a moment, and then wait for its parent."""
+    """Whether a process of Linux ends in time: one that was killed may take a moment, and then wait for its parent.
+
+    What it is asked of lasts far longer by itself.
+    """
     status = process / "status"
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
